@@ -1,0 +1,56 @@
+# All commands of the project; CI calls the same targets. `make` alone lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# One thread per process: the tests start several processes on few cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test unit distributed e2e lint types format check docs
+
+help:
+	@echo "make install      .venv with everything that tests and quickstart need"
+	@echo "make quickstart   distil a real language model on this machine"
+	@echo "make test         lint, types, unit, distributed and e2e tests"
+	@echo "make unit | distributed | e2e | lint | types    one part of it"
+	@echo "make check        lint, types and unit tests: before every push"
+	@echo "make format       format the code and repair what ruff can"
+	@echo "make docs         rewrite the files generated from the configuration schema"
+
+install: .venv/.installed
+
+.venv/.installed: requirements/cpu.txt requirements/install.sh pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	bash requirements/install.sh $(BIN)/python
+	touch $@
+
+quickstart: .venv/.installed
+	$(BIN)/megatron-gkd-quickstart
+
+test: lint types unit distributed e2e
+
+check: lint types unit
+
+unit: .venv/.installed
+	$(PYTEST) tests/unit -n 2
+
+# Not with xdist: every worker would start its own rank pools and its own server.
+distributed: .venv/.installed
+	$(PYTEST) tests/distributed
+
+e2e: .venv/.installed
+	$(PYTEST) tests/e2e
+
+lint: .venv/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+types: .venv/.installed
+	$(BIN)/pyright
+
+format: .venv/.installed
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+docs: .venv/.installed
+	$(BIN)/python -m megatron_gkd.config.document

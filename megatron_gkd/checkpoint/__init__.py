@@ -1,0 +1,1 @@
+"""Model folders: training checkpoints, Hugging Face checkpoints in both directions, and pruned students."""

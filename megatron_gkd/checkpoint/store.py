@@ -1,0 +1,144 @@
+"""Training checkpoints: ``checkpoints/iter_<n>/`` with everything a run needs to go on as if it had not stopped.
+
+A checkpoint is written beside its final name, hashed, and renamed; what is half-written is never chosen. Weights,
+optimizer and random state are saved by dist_checkpointing, counters and the loader's position as JSON.
+"""
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_gkd.checkpoint.hf import copy_side_files
+from megatron_gkd.checkpoint.integrity import (
+    CheckpointError,
+    check_everywhere,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+)
+from megatron_gkd.checkpoint.weights import HF_FILES, WEIGHTS
+from megatron_gkd.parallel.collectives import broadcast_json
+from megatron_gkd.parallel.groups import ModelGroups
+
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+_RNG = "rng_state"
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: ``<output_dir>/checkpoints``.
+        hf_files: Folder whose config and tokenizer files every checkpoint carries along.
+        groups: The student's layout and groups.
+        dtype: Number format of the weights.
+        device: The device of this rank.
+    """
+
+    def __init__(self, folder: Path, *, hf_files: Path, groups: ModelGroups, dtype: torch.dtype, device: torch.device):
+        self._folder, self._hf_files = folder, hf_files
+        self._groups, self._dtype, self._device = groups, dtype, device
+
+    def save(self, iteration: int, model: GPTModel, optimizer: MegatronOptimizer, state: dict[str, Any]) -> Path:
+        """Write ``iter_<iteration>``; an existing one of that name is replaced. Collective over all ranks."""
+        start = time.perf_counter()
+        final = self._folder / f"iter_{iteration:07d}"
+        unfinished = final.with_name(final.name + ".tmp")
+        if dist.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            (unfinished / WEIGHTS).mkdir(parents=True)
+            copy_side_files(self._hf_files, unfinished / HF_FILES)
+            (unfinished / STATE).write_text(json.dumps(state, indent=1))
+        dist.barrier()
+        dist_checkpointing.save(self._sharded(model, optimizer, with_rng=True), str(unfinished / WEIGHTS))
+        dist.barrier()
+        write_manifest(unfinished, self._facts(iteration), device=self._device)
+        if dist.get_rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+            sync_folder(self._folder)
+        dist.barrier()
+        log.info("Saved %s in %.1f s", final, time.perf_counter() - start)
+        return final
+
+    def find_newest_valid(self) -> Path | None:
+        """The checkpoint of the highest iteration whose files match its manifest. Collective over all ranks.
+
+        Damaged or unfinished ones are passed over with a warning.
+        """
+        names = broadcast_json(sorted(p.name for p in self._folder.glob("iter_*")), device=self._device)
+        for name in reversed([n for n in names if not n.endswith(".tmp")]):
+            damage = check_everywhere(self._folder / name, device=self._device)
+            if damage is None:
+                return self._folder / name
+            log.warning("Passing over checkpoint %s: %s", name, damage)
+        return None
+
+    def load(self, folder: Path, model: GPTModel, optimizer: MegatronOptimizer) -> dict[str, Any]:
+        """Fill model, optimizer and random state; returns the JSON state. Collective over all ranks.
+
+        The random state is restored only into the layout that saved it (it is unused without dropout).
+        """
+        same_layout = read_manifest(folder).get("layout") == self._facts(0)["layout"]
+        wanted = self._sharded(model, optimizer, with_rng=same_layout, is_loading=True)
+        loaded: Any = dist_checkpointing.load(wanted, str(folder / WEIGHTS))
+        result = model.load_state_dict(loaded["model"], strict=False)
+        missing = [name for name in result.missing_keys if "_extra_state" not in name]
+        if missing or result.unexpected_keys:
+            raise CheckpointError(f"{folder} does not fit the student: missing {missing}, extra {result.unexpected_keys}")
+        optimizer.load_state_dict(loaded["optimizer"])
+        if same_layout:
+            _set_rng_state(loaded[_RNG])
+        return json.loads((folder / STATE).read_text())
+
+    def _sharded(self, model, optimizer, *, with_rng: bool, is_loading: bool = False) -> dict[str, Any]:
+        weights = model.sharded_state_dict(metadata={"dp_cp_group": self._groups.pg.dp_cp})
+        state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading)}
+        if with_rng:
+            state[_RNG] = _sharded_rng_state(self._groups)
+        return state
+
+    def _facts(self, iteration: int) -> dict[str, Any]:
+        layout = self._groups.layout
+        return {
+            "kind": "training",
+            "iteration": iteration,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "layout": {"tp_size": layout.tp_size, "pp_size": layout.pp_size, "num_ranks": layout.num_ranks},
+        }
+
+
+def _sharded_rng_state(groups: ModelGroups) -> dict[str, ShardedTensor]:
+    """Random state of every rank as rows of byte tensors; no pickled objects."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return {
+        name: ShardedTensor.from_rank_offsets(f"{_RNG}.{name}", value.unsqueeze(0), (0, rank, world))
+        for name, value in _rng_state().items()
+    }
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {"default": torch.get_rng_state()}
+    tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+    for name, value in tracker.get_states().items():
+        state[name] = value.cpu()
+    return state
+
+
+def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    rows = {name: value[0] for name, value in state.items()}
+    torch.set_rng_state(rows.pop("default"))
+    tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+    tracker.set_states(rows)

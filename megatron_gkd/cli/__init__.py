@@ -1,0 +1,1 @@
+"""One main per command; launch/, tools/ and the console commands point here."""

@@ -1,0 +1,119 @@
+"""``torchrun launch/pretrain_gkd.py --config FILE [section.key=value ...]``: distil a student from a teacher."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_gkd.cli.outcome import REFUSED
+from megatron_gkd.config import ConfigError, GkdConfig, load_config
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done or planned stop, 2 refused before training, 1 anything else."""
+    options = _parse(argv)
+    try:
+        config = load_config(options.config, options.overrides)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        config.check_world(options.world_size or world_size)
+    except ConfigError as error:
+        return _refuse(str(error), None)
+    if options.check:
+        sys.stdout.write(f"the configuration is fine for {options.world_size or world_size} ranks\n")
+        return 0
+    return _train(config)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="pretrain_gkd.py",
+        description="On-policy distillation of a student from a teacher. Start it with torchrun, one process per device.",
+        epilog="Every key, with its default: configs/on_policy_distill_trainer.yaml",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="YAML file; may be given several times, later files win",
+    )
+    parser.add_argument("--check", action="store_true", help="check the configuration and exit; needs no torch")
+    parser.add_argument(
+        "--world-size", type=int, default=None, metavar="N", help="with --check: number of ranks to check for"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, e.g. loss.beta=0.1")
+    options = parser.parse_args(argv)
+    if options.world_size is not None and not options.check:
+        parser.error("--world-size goes with --check; a run takes its size from torchrun")
+    return options
+
+
+def _train(config: GkdConfig) -> int:
+    # imported here: --check needs no torch, and dist_checkpointing's helper process imports this module again
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from megatron_gkd.observability.log import configure_logging
+
+    rank = int(os.environ.get("RANK", "0"))
+    configure_logging(config.logging.level, rank, config.train.output_dir / "logs" / f"rank_{rank}.log")
+    return record(_train_or_report)(config, rank) or 0
+
+
+def _train_or_report(config: GkdConfig, rank: int) -> int:
+    from megatron_gkd.platform.device import prepare_process
+
+    platform = prepare_process()
+    from megatron_gkd.checkpoint.integrity import CheckpointError
+    from megatron_gkd.data.tokenizer import DataError
+    from megatron_gkd.train.main import Run
+
+    run = Run(config, platform)
+    try:
+        run.prepare()
+    except (ConfigError, DataError, CheckpointError) as error:
+        run.close()
+        return _refuse(str(error), config)
+    except BaseException as error:
+        run.close()
+        _note_failure(config, rank, 0, error)
+        raise
+    try:
+        outcome = run.train()
+    except BaseException as error:
+        _note_failure(config, rank, run.iteration, error)
+        raise
+    finally:
+        run.close()
+    log.info("%s after iteration %d: %s", outcome, run.iteration, config.train.output_dir)
+    return 0
+
+
+def _refuse(message: str, config: GkdConfig | None) -> int:
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stderr.write(f"refused: {message}\n")
+        if config is not None:
+            _write_status(config, "refused", 0, message)
+    return REFUSED
+
+
+def _note_failure(config: GkdConfig, rank: int, iteration: int, error: BaseException) -> None:
+    if rank == 0:
+        _write_status(config, "failed", iteration, f"{type(error).__name__}: {error}")
+
+
+def _write_status(config: GkdConfig, state: Any, iteration: int, reason: str) -> None:
+    from megatron_gkd.observability.status import StatusFile
+
+    config.train.output_dir.mkdir(parents=True, exist_ok=True)
+    StatusFile(config.train.output_dir).write(state, iteration, reason)
+
+
+
+if __name__ == "__main__":
+    sys.exit(main())

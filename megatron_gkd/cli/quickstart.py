@@ -1,0 +1,238 @@
+"""``make quickstart``: distil a real language model on this machine, from a packaged checkpoint to a judged result.
+
+The teacher is SmolLM2-135M-Instruct, the student a pruned copy of it; training is the ordinary training command.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_gkd.cli.outcome import run_tool
+from megatron_gkd.config import load_config
+
+log = logging.getLogger(__name__)
+
+CONFIG = Path("configs/quickstart.yaml")
+PROMPTS = Path("configs/quickstart_prompts.jsonl")
+HELD_OUT = Path("configs/quickstart_held_out.jsonl")
+NUM_RANKS = 2
+KEEP_RATIO = 0.85
+NUM_TRAIN_COMPLETIONS = 192
+MAX_NEW_TOKENS = 32
+HELD_OUT_TOKENS = 32
+NUM_SHOWN = 4
+SHOWN_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the quickstart keeps things, all below one folder."""
+
+    root: Path
+
+    @property
+    def teacher(self) -> Path:
+        """Hugging Face checkpoint of the teacher."""
+        return self.root / "teacher"
+
+    @property
+    def pruned(self) -> Path:
+        """Hugging Face checkpoint of the student before training."""
+        return self.root / "student_before"
+
+    @property
+    def trained(self) -> Path:
+        """Hugging Face checkpoint of the student after training."""
+        return self.root / "student_after"
+
+    @property
+    def megatron_teacher(self) -> Path:
+        """Megatron checkpoint of the teacher."""
+        return self.root / "megatron" / "teacher"
+
+    @property
+    def megatron_student(self) -> Path:
+        """Megatron checkpoint of the student before training."""
+        return self.root / "megatron" / "student"
+
+    @property
+    def train_data(self) -> Path:
+        """Prompts with the teacher's completions."""
+        return self.root / "train.jsonl"
+
+    @property
+    def held_out_data(self) -> Path:
+        """Held-out prompts with the teacher's completions."""
+        return self.root / "held_out.jsonl"
+
+    @property
+    def run(self) -> Path:
+        """Output folder of the training run."""
+        return self.root / "run"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all steps; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Distil a pruned SmolLM2-135M from the whole one, on-policy, on this machine; run it in the repository."
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it writes")
+    parser.add_argument("--fresh", action="store_true", help="make teacher, student and data again, even if they are there")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="changes to configs/quickstart.yaml"
+    )
+    options = parser.parse_args(argv)
+    return run_tool(lambda: _quickstart(Folders(options.out), options.fresh, options.overrides))
+
+
+def _quickstart(folders: Folders, is_fresh: bool, overrides: Sequence[str]) -> None:
+    if not CONFIG.is_file():
+        raise FileNotFoundError(f"{CONFIG} is not here; start the quickstart in the folder of the repository")
+    if is_fresh:
+        shutil.rmtree(folders.root, ignore_errors=True)
+    shutil.rmtree(folders.run, ignore_errors=True)
+    shutil.rmtree(folders.trained, ignore_errors=True)
+    started = time.monotonic()
+    _prepare(folders)
+    log.info("Prepared teacher, student and data in %.0f s", time.monotonic() - started)
+    started = time.monotonic()
+    _train(folders, overrides)
+    _run_tool_script("convert_megatron_to_hf.py", "--checkpoint", _newest(folders.run), "--out", folders.trained)
+    result = _judge(folders)
+    result["seconds"] = round(time.monotonic() - started, 1)
+    (folders.root / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    _show(result, folders.root / "result.json")
+
+
+def _prepare(folders: Folders) -> None:
+    from megatron_gkd.cli.quickstart_data import write_smollm2
+    from megatron_gkd.report.held_out import write_completions
+
+    folders.root.mkdir(parents=True, exist_ok=True)
+    _make(folders.teacher, lambda out: write_smollm2(out))
+    _make(
+        folders.train_data,
+        lambda out: write_completions(
+            folders.teacher,
+            _prompts(PROMPTS)[:NUM_TRAIN_COMPLETIONS],
+            out,
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=1.0,
+        ),
+    )
+    _make(
+        folders.held_out_data,
+        lambda out: write_completions(folders.teacher, _prompts(HELD_OUT), out, max_new_tokens=HELD_OUT_TOKENS),
+    )
+    _make(
+        folders.pruned,
+        lambda out: _run_tool_script(
+            "prune_hf.py", "--hf", folders.teacher, "--out", out, "--keep-ratio", KEEP_RATIO, "--tp", NUM_RANKS,
+            "--calibration", folders.train_data,
+        ),
+    )  # fmt: skip
+    for hf, out in ((folders.teacher, folders.megatron_teacher), (folders.pruned, folders.megatron_student)):
+        _make(out, lambda made, hf=hf: _run_tool_script("convert_hf_to_megatron.py", "--hf", hf, "--out", made))
+
+
+def _make(target: Path, work: Callable[[Path], object]) -> None:
+    """Make a file or folder beside its name and rename it, so that only finished ones are found by the next run."""
+    if target.exists():
+        log.info("Reusing %s", target)
+        return
+    unfinished = target.with_name("unfinished_" + target.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.unlink(missing_ok=True)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    work(unfinished)
+    unfinished.rename(target)
+    log.info("Made %s in %.0f s", target, time.monotonic() - start)
+
+
+def _train(folders: Folders, overrides: Sequence[str]) -> None:
+    settings = [
+        f"student.checkpoint={folders.megatron_student}",
+        f"teacher.checkpoint={folders.megatron_teacher}",
+        f"data.prompts={folders.train_data}",
+        f"train.output_dir={folders.run}",
+        *overrides,
+    ]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(NUM_RANKS),
+        "launch/pretrain_gkd.py", "--config", str(CONFIG), *settings,
+    ]  # fmt: skip
+    log.info("Running: torchrun %s", " ".join(command[3:]))
+    subprocess.run(command, check=True)
+
+
+def _run_tool_script(name: str, *arguments: object) -> None:
+    command = [sys.executable, f"tools/{name}", *map(str, arguments)]
+    log.info("Running: python %s", " ".join(command[1:]))
+    subprocess.run(command, check=True)
+
+
+def _judge(folders: Folders) -> dict:
+    from megatron_gkd.report.held_out import held_out_kl, load_completions, write_completions
+
+    students = {"before": folders.pruned, "after": folders.trained}
+    measured = held_out_kl(folders.teacher, students, load_completions(folders.held_out_data))
+    shown = _prompts(HELD_OUT)[:NUM_SHOWN]
+    texts = {
+        name: [c.completion for c in write_completions(folder, shown, None, max_new_tokens=SHOWN_TOKENS)]
+        for name, folder in {"teacher": folders.teacher, **students}.items()
+    }
+    lines = [json.loads(line) for line in (folders.run / "metrics.jsonl").read_text().splitlines()]
+    config = load_config(folders.run / "config.yaml")
+    num_on_policy = sum(line["rollout/tokens"] for line in lines)
+    return {
+        "held_out_forward_kl_before": measured.students["before"],
+        "held_out_forward_kl_after": measured.students["after"],
+        "held_out_forward_kl_constant": measured.constant,
+        "held_out_tokens": measured.tokens,
+        "iterations": len(lines),
+        "tokens_trained": int(lines[-1]["tokens/consumed"]),
+        "on_policy_tokens_per_iteration_min": int(min(line["rollout/tokens"] for line in lines)),
+        "on_policy_share": num_on_policy / lines[-1]["tokens/consumed"],
+        "lmbda": config.gkd.lmbda,
+        "samples": [
+            {"prompt": prompt[-1]["content"], **{name: texts[name][i] for name in texts}}
+            for i, prompt in enumerate(shown)
+        ],
+    }
+
+
+def _show(result: dict, file: Path) -> None:
+    write = sys.stdout.write
+    for sample in result["samples"]:
+        write(f"\nprompt:          {sample['prompt']}\n")
+        for name in ("teacher", "before", "after"):
+            label = name if name == "teacher" else f"student {name}"
+            write(f"{label + ':':<17}{sample[name]!r}\n")
+    before, after = result["held_out_forward_kl_before"], result["held_out_forward_kl_after"]
+    write(
+        f"\nheld-out KL(teacher || student) over {result['held_out_tokens']} tokens: "
+        f"{before:.3f} before, {after:.3f} after ({1 - after / before:.0%} less); "
+        f"best constant distribution {result['held_out_forward_kl_constant']:.3f} nats/token\n"
+        f"{result['iterations']} iterations, {result['tokens_trained']} tokens "
+        f"({result['on_policy_share']:.0%} on-policy), {result['seconds']:.0f} s; {file}\n"
+    )
+
+
+def _newest(run: Path) -> Path:
+    return max((run / "checkpoints").glob("iter_*[0-9]"))
+
+
+def _prompts(file: Path) -> list[list[dict[str, str]]]:
+    return [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

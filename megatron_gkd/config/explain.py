@@ -1,0 +1,95 @@
+"""What pydantic found wrong, in the words of the configuration: dotted key, problem, value, hint."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_gkd.config.base import Config, sections_of
+
+
+def explain(problem: Mapping[str, Any], schema: type[Config]) -> str:
+    """One line for one entry of ``ValidationError.errors()``."""
+    key, section, kinds = _locate(problem["loc"], schema)
+    name = key.rpartition(".")[2]
+    given = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: {_explain_unknown_key(key, section, schema)}"
+    if problem["type"] == "missing" or (given is None and _is_required(section, name)):
+        return f"{key}: is required; {_sentence(section, name)}"
+    if problem["type"].startswith("union_tag"):
+        if isinstance(given, dict):
+            return f"{key}.kind: must be one of {', '.join(kinds)} (got {given.get('kind')!r})"
+        return f"{key}: must be a section with keys (got {given!r})"
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        return f"{key}: must be a section with keys (got {given!r})"
+    text = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("valid tuple", "list")
+    if problem["type"] == "literal_error":
+        text += _did_you_mean(
+            given, problem["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        )
+    got = "" if isinstance(given, dict | Config) else f" (got {given!r})"
+    return f"{key}: {text}{got}"
+
+
+def _locate(loc: tuple[str | int, ...], schema: type[Config]) -> tuple[str, type[Config] | None, list[str]]:
+    """Dotted key of a pydantic location, the section it lies in, and the kinds that the key can have.
+
+    Pydantic reports the kind of a section as if it were a key.
+    """
+    key, section, found = "", None, {"": schema}
+    for part in loc:
+        if part in found and part != "":
+            found = {"": found[str(part)]}
+            continue
+        section = found.get("")
+        key += f"[{part}]" if isinstance(part, int) else f".{part}"
+        field = section.model_fields.get(str(part)) if section else None
+        found = sections_of(field) if field else {}
+    return key.lstrip(".") or "(top level)", section, list(found)
+
+
+def _explain_unknown_key(key: str, section: type[Config] | None, schema: type[Config]) -> str:
+    """Looks for a similar key in the same section first, then in all others."""
+    name = key.rpartition(".")[2]
+    known = list(section.model_fields) if section else []
+    everywhere = list(_all_keys(schema))
+    if section and key in everywhere:  # a key of the same section's other kind
+        return f"unknown key for kind {section.model_fields['kind'].default}; remove it or change the kind"
+    near = _did_you_mean(name, known)
+    if near:
+        return "unknown key" + near
+    last_parts = {other.rpartition(".")[2] for other in everywhere}
+    matches = difflib.get_close_matches(name, last_parts, n=1, cutoff=0.8)
+    elsewhere = [other for other in everywhere if other.rpartition(".")[2] in matches]
+    if elsewhere:
+        return f"unknown key; did you mean {' or '.join(map(repr, elsewhere))}?"
+    return f"unknown key; known here: {', '.join(known)}"
+
+
+def _all_keys(schema: type[Config], prefix: str = "") -> Iterator[str]:
+    seen: set[str] = set()
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        for section in sections_of(field).values():
+            inner = [key for key in _all_keys(section, f"{prefix}{name}.") if key not in seen]
+            seen.update(inner)
+            yield from inner
+
+
+def _did_you_mean(given: Any, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(given), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _is_required(section: type[Config] | None, name: str) -> bool:
+    return section is not None and name in section.model_fields and section.model_fields[name].is_required()
+
+
+def _sentence(section: type[Config] | None, name: str) -> str:
+    """What the key is for; a section says it in its docstring."""
+    if section is None or name not in section.model_fields:
+        return "see docs/configuration.md"
+    field = section.model_fields[name]
+    if field.description:
+        return field.description
+    return ", ".join((inner.__doc__ or "").partition("\n")[0] for inner in sections_of(field).values())

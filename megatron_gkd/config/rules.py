@@ -1,0 +1,140 @@
+"""Rules between sections, against the model folders, and against the number of ranks.
+
+Rules of one section live in the section. Every rule here returns sentences that name the keys, their values
+and what to change, so that all problems can be reported together.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megatron_gkd.config.errors import ConfigError
+from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
+
+if TYPE_CHECKING:
+    from megatron_gkd.config.schema import GkdConfig, ModelConfig
+
+
+def find_file_problems(config: "GkdConfig") -> list[str]:
+    """Problems between sections and with the files they name; needs no world size."""
+    problems = list(_batch_problems(config))
+    if not config.data.prompts.is_file():
+        problems.append(
+            f"data.prompts={str(config.data.prompts)!r}: no such file; give a JSONL file of prompts"
+        )
+    shapes: dict[str, HfShapes] = {}
+    for name, model in (("student", config.student), ("teacher", config.teacher)):
+        try:
+            shapes[name] = _load_shapes(name, model)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        problems += _layout_problems(name, model, shapes[name])
+        problems += _length_problems(config, name, shapes[name])
+    if len(shapes) == 2:
+        problems += _vocabulary_problems(config, shapes["student"], shapes["teacher"])
+    if "student" in shapes:
+        problems += _server_problems(config, shapes["student"])
+    return problems
+
+
+def find_world_problems(config: "GkdConfig", world_size: int) -> list[str]:
+    """Problems of spreading the models and the batch over ``world_size`` ranks."""
+    problems = []
+    batch = config.train.global_batch_size
+    for name, model in (("student", config.student), ("teacher", config.teacher)):
+        tp, pp = model.parallel.tensor_model_parallel_size, model.parallel.pipeline_model_parallel_size
+        copies, rest = divmod(world_size, model.parallel.ranks_per_copy)
+        if rest or not copies:
+            problems.append(
+                f"{name}.parallel: one copy takes tensor_model_parallel_size={tp} x "
+                f"pipeline_model_parallel_size={pp} = {tp * pp} ranks, which does not divide the {world_size} ranks of the job; "
+                f"start a multiple of {tp * pp} ranks or change the sizes"
+            )
+            continue
+        micro = config.train.micro_batch_size if name == "student" else 1
+        if batch % (micro * copies):
+            product = f"train.micro_batch_size={micro} x {copies}" if name == "student" else f"{copies}"
+            problems.append(
+                f"train.global_batch_size={batch} is not divisible by {product} copies of the {name}; "
+                f"use a multiple of {micro * copies}"
+            )
+    return problems
+
+
+def _load_shapes(name: str, model: "ModelConfig") -> HfShapes:
+    key = "hf" if model.hf is not None else "checkpoint"
+    source = model.hf if model.hf is not None else model.checkpoint
+    assert source is not None  # ModelConfig._exactly_one_source
+    if not source.is_dir():
+        raise ConfigError(f"{name}.{key}={str(source)!r}: no such folder")
+    if not (model.hf_folder / "config.json").is_file():
+        kind = (
+            "a Hugging Face model"
+            if key == "hf"
+            else "a checkpoint (written by tools/convert_hf_to_megatron.py or a run)"
+        )
+        raise ConfigError(
+            f"{name}.{key}={str(source)!r} is not {kind}: {model.hf_folder / 'config.json'} is missing"
+        )
+    try:
+        return load_hf_shapes(model.hf_folder)
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{key}={str(source)!r}: {error}") from None
+
+
+def _batch_problems(config: "GkdConfig") -> Iterator[str]:
+    batch, num_samples = config.train.global_batch_size, config.rollout.num_samples
+    if batch % num_samples:
+        yield (
+            f"train.global_batch_size={batch} is not a multiple of rollout.num_samples={num_samples}; "
+            "all samples of a prompt belong to one iteration"
+        )
+    if config.optim.warmup_iters > config.train.train_iters:
+        yield (
+            f"optim.warmup_iters={config.optim.warmup_iters} is above "
+            f"train.train_iters={config.train.train_iters}; the run would end before the warm-up"
+        )
+
+
+def _layout_problems(name: str, model: "ModelConfig", shapes: HfShapes) -> Iterator[str]:
+    tp, pp = model.parallel.tensor_model_parallel_size, model.parallel.pipeline_model_parallel_size
+    for size, what in (
+        (shapes.num_attention_heads, "attention heads"),
+        (shapes.num_query_groups, "key-value heads"),
+        (shapes.ffn_hidden_size, "FFN channels"),
+    ):
+        if size % tp:
+            yield f"{name}.parallel.tensor_model_parallel_size={tp} does not divide the model's {size} {what}"
+    if shapes.num_layers % pp:
+        yield (
+            f"{name}.parallel.pipeline_model_parallel_size={pp} does not divide "
+            f"the model's {shapes.num_layers} layers"
+        )
+
+
+def _length_problems(config: "GkdConfig", name: str, shapes: HfShapes) -> Iterator[str]:
+    if config.seq_length > shapes.max_position_embeddings:
+        yield (
+            f"data.max_prompt_length={config.data.max_prompt_length} + rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} = {config.seq_length} tokens, but the {name} was made for "
+            f"{shapes.max_position_embeddings} (max_position_embeddings); shorten one of them"
+        )
+
+
+def _vocabulary_problems(config: "GkdConfig", student: HfShapes, teacher: HfShapes) -> Iterator[str]:
+    if student.vocab_size != teacher.vocab_size:
+        yield (
+            f"the student ({config.student.hf_folder}) has vocab_size={student.vocab_size} and the teacher "
+            f"({config.teacher.hf_folder}) vocab_size={teacher.vocab_size}; both must use the same "
+            "vocabulary, take models of one family"
+        )
+
+
+def _server_problems(config: "GkdConfig", student: HfShapes) -> Iterator[str]:
+    if config.rollout.kind == "sglang" and config.rollout.placement == "colocated":
+        tp = config.rollout.tensor_model_parallel_size
+        if student.num_attention_heads % tp:
+            yield (
+                f"rollout.tensor_model_parallel_size={tp} does not divide the student's "
+                f"{student.num_attention_heads} attention heads"
+            )

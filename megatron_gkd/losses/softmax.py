@@ -1,0 +1,115 @@
+"""Statistics of a softmax over a vocabulary that is split across tensor-parallel ranks.
+
+Shapes: T = tokens, V = vocabulary entries held by this rank, K = numbers per token on the wire, R = ranks.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+# renamed in torch 2.13
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
+_ELEMENTS_PER_PIECE = 1 << 18
+"""Entries of one elementwise pass on CPU: a float32 temporary of 1 MiB stays in the second-level cache."""
+
+
+class SoftmaxStats(NamedTuple):
+    """Normalizer of softmax(logits / temperature): a logsumexp instead would round at |logsumexp| * 2**-24."""
+
+    max_T: Tensor  # of the logits, not divided: dividing first would round away what the subtraction keeps
+    sumexp_T: Tensor  # sum over v of exp((logit_v - max) / temperature)
+
+    @classmethod
+    def merged(cls, max_RT: Tensor, sumexp_RT: Tensor, temperature: float = 1.0) -> "SoftmaxStats":
+        """Statistics of the whole vocabulary from those of its parts."""
+        max_T = max_RT.amax(0)
+        return cls(max_T, (sumexp_RT * ((max_RT - max_T) / temperature).exp()).sum(0))
+
+
+def local_max(logits_TV: Tensor) -> Tensor:
+    """[T] max over the shard.
+
+    The max of a row without a finite entry, or without any column, is the lowest finite number: exp of its distance to
+    any real max is 0, and no NaN appears.
+    """
+    lowest = torch.finfo(logits_TV.dtype).min
+    if logits_TV.shape[-1] == 0:
+        return logits_TV.new_full(logits_TV.shape[:-1], lowest)
+    return logits_TV.amax(-1).clamp_min_(lowest)
+
+
+def shifted(logits_TV: Tensor, max_T1: Tensor, temperature: float = 1.0) -> Tensor:
+    """A new tensor (logits - max) / temperature, in the dtype of ``max_T1``."""
+    shifted_TV = logits_TV.to(max_T1.dtype) - max_T1
+    return shifted_TV if temperature == 1.0 else shifted_TV.div_(temperature)
+
+
+def gather_rows(local_TK: Tensor, group: Group) -> Tensor:
+    """[R, T, K] of all ranks with one all-gather; R = 1 without a group, and no collective for zero rows."""
+    if group is None:
+        return local_TK.unsqueeze(0)
+    num_tokens, num_numbers = local_TK.shape
+    out_RTK = local_TK.new_empty(group.size(), num_tokens, num_numbers)
+    if num_tokens > 0:
+        _all_gather(out_RTK.view(-1, num_numbers), local_TK.contiguous(), group=group)
+    return out_RTK
+
+
+def split_over(group: Group) -> Group:
+    """``group``, or ``None`` if it has a single rank."""
+    return None if group is None or group.size() == 1 else group
+
+
+def num_real_columns(num_columns: int, group: Group, valid_vocab_size: int | None) -> int:
+    """Leading columns of this rank's shard that are real vocabulary entries; 0 if it holds padding only.
+
+    Raises:
+        ValueError: If ``valid_vocab_size`` is not between 1 and the size of all shards together.
+    """
+    if valid_vocab_size is None:
+        return num_columns
+    rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
+    if not 1 <= valid_vocab_size <= num_columns * num_ranks:
+        raise ValueError(
+            f"valid_vocab_size {valid_vocab_size} is not in [1, {num_columns * num_ranks}] = {num_ranks} shards of "
+            f"{num_columns} columns; pass the vocabulary size before padding"
+        )
+    return min(max(valid_vocab_size - rank * num_columns, 0), num_columns)
+
+
+def row_pieces(logits_TV: Tensor) -> Iterator[slice]:
+    """Slices of rows for elementwise passes: cache-sized on a CPU, all rows at once on an accelerator."""
+    num_rows, num_columns = logits_TV.shape
+    is_cached = logits_TV.device.type == "cpu"
+    rows_per_piece = max(1, _ELEMENTS_PER_PIECE // max(num_columns, 1)) if is_cached else max(num_rows, 1)
+    return row_slices(num_rows, rows_per_piece)
+
+
+def row_blocks(logits_TV: Tensor, group: Group) -> Iterator[slice]:
+    """Slices of rows that share their collectives: all rows, or pieces where nothing is communicated."""
+    return (
+        row_pieces(logits_TV) if group is None else row_slices(logits_TV.shape[0], max(logits_TV.shape[0], 1))
+    )
+
+
+def row_slices(num_rows: int, rows_per_slice: int) -> Iterator[slice]:
+    """Slices that cover ``num_rows`` rows, all but the last of ``rows_per_slice``."""
+    return (
+        slice(start, min(start + rows_per_slice, num_rows)) for start in range(0, num_rows, rows_per_slice)
+    )
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for every float type; float64 stays, so that gradcheck works."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def numbers_per_row(logits_TV: Tensor, count: int) -> Tensor:
+    """Uninitialized [T, count] of the accumulation dtype."""
+    return logits_TV.new_empty(logits_TV.shape[0], count, dtype=accumulation_dtype(logits_TV.dtype))

@@ -1,0 +1,15 @@
+"""Qwen3 (dense): Llama with a norm on the heads of q and k."""
+
+from megatron_gkd.models.families.base import Family, WeightMap
+from megatron_gkd.models.families.llama import LAYER, OUTER
+
+_QK_NORM = tuple(
+    WeightMap(
+        ("decoder.layers.{i}." + f"self_attention.{x}_layernorm.weight",),
+        ("model.layers.{i}." + f"self_attn.{x}_norm.weight",),
+        "replicated",
+    )
+    for x in "qk"
+)
+
+QWEN3 = Family("qwen3", (*LAYER, *_QK_NORM), OUTER)

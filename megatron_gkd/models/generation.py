@@ -1,0 +1,163 @@
+"""Sampling with a KV cache over this rank's part of a GPTModel, for prompts of different lengths, TP x PP.
+
+The batch moves in step: the shortest prompt is read in one pass, and from there one position is filled per pass. A
+sequence whose prompt reaches further takes its next prompt token there instead of a sampled one.
+
+Shapes: B = sequences, S = positions of one pass, V = vocabulary entries, H = hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from megatron_gkd.models.gpt import HiddenTap
+from megatron_gkd.parallel.groups import ModelGroups
+from megatron_gkd.platform.seeded_sampling import sample_with_seed
+
+
+@dataclass(frozen=True)
+class SamplingRule:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: Divides the logits, above 0.
+        top_p: Smallest set of tokens with at least this probability is kept, in (0, 1].
+        top_k: Number of most likely tokens kept; -1 keeps all.
+        max_new_tokens: Longest completion in tokens.
+        stop_token_ids: A completion ends with any of these.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+@torch.no_grad()
+def generate(
+    model: GPTModel,
+    groups: ModelGroups,
+    tap: HiddenTap | None,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    rule: SamplingRule,
+    *,
+    vocab_size: int,
+) -> list[list[int]]:
+    """Completions of all prompts; collective over the ranks of one copy of the model.
+
+    The result does not depend on how prompts are batched, beyond rounding: the noise of a token is a function of its
+    sequence's seed and its position.
+
+    Args:
+        model: This rank's part, with its output layer.
+        groups: Its layout and groups.
+        tap: Switch on the output layer of the last stage, if one is installed there.
+        prompts: Token ids, equal on all ranks, none empty.
+        seeds: One per prompt.
+        rule: How to draw tokens.
+        vocab_size: Real vocabulary entries; padding is never drawn.
+
+    Returns:
+        Token ids of each completion, the stop token included; equal on all ranks.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        if tap is None:
+            return _generate(model, groups, prompts, seeds, rule, vocab_size)
+        with tap:
+            return _generate(model, groups, prompts, seeds, rule, vocab_size)
+    finally:
+        model.train(was_training)
+
+
+def _generate(model, groups: ModelGroups, prompts, seeds, rule: SamplingRule, vocab_size: int) -> list[list[int]]:
+    device = next(model.parameters()).device
+    lengths = [len(prompt) for prompt in prompts]
+    end = max(lengths) + rule.max_new_tokens
+    tokens_BS = torch.zeros(len(prompts), end, dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens_BS[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    length_B = torch.tensor(lengths, device=device)
+    seed_B = torch.tensor(seeds, dtype=torch.int64, device=device)
+    stop_ids = torch.tensor(rule.stop_token_ids, dtype=torch.long, device=device)
+    completed_B = torch.zeros(len(prompts), dtype=torch.long, device=device)  # length of a finished completion, else 0
+    stages = _Stages(model, groups, len(prompts), end)
+    start = 0
+    for position in range(min(lengths), end):
+        logits_BV = stages.forward(tokens_BS[:, start:position], start)
+        chosen_B = stages.agree_on(logits_BV, lambda z: _draw(z[:, :vocab_size], seed_B, position, rule))  # noqa: B023
+        is_open_B = (length_B <= position) & (completed_B == 0)
+        tokens_BS[:, position] = torch.where(is_open_B, chosen_B, tokens_BS[:, position])
+        num_new_B = position + 1 - length_B
+        ends_B = is_open_B & (torch.isin(chosen_B, stop_ids) | (num_new_B >= rule.max_new_tokens))
+        completed_B = torch.where(ends_B, num_new_B, completed_B)
+        if bool((completed_B > 0).all()):
+            break
+        start = position
+    return [
+        tokens_BS[row, length : length + int(completed_B[row])].tolist() for row, length in enumerate(lengths)
+    ]
+
+
+class _Stages:
+    """One forward pass after the other through the pipeline stages, with a KV cache."""
+
+    def __init__(self, model, groups: ModelGroups, num_sequences: int, max_length: int):
+        self._model, self._groups, self._num_sequences = model, groups, num_sequences
+        self._context = StaticInferenceContext(num_sequences, max_length)
+        self._p2p = P2PCommunicator(groups.pg.pp, model.config) if groups.layout.pp_size > 1 else None
+
+    def forward(self, ids_BS: Tensor, start: int) -> Tensor | None:
+        """[B, V] logits of the last position on the last stage, ``None`` elsewhere."""
+        num_positions = ids_BS.shape[1]
+        position_ids_BS = torch.arange(start, start + num_positions, device=ids_BS.device).expand_as(ids_BS)
+        if self._p2p is not None:
+            shape = (num_positions, self._num_sequences, self._model.config.hidden_size)
+            self._model.set_input_tensor(self._p2p.recv_forward(shape, self._groups.is_first_stage))
+        # one new token may look at everything before it; a whole prompt is masked causally by the model itself
+        mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids_BS.device) if start else None
+        output = self._model(
+            ids_BS, position_ids_BS, mask, inference_context=self._context, runtime_gather_output=True
+        )
+        if self._p2p is not None:
+            self._p2p.send_forward(output, self._groups.is_last_stage)
+        self._context.increment_sequence_len_offset(num_positions)
+        self._context.enable_decode_mode()
+        return output[:, -1] if self._groups.is_last_stage else None
+
+    def agree_on(self, logits_BV: Tensor | None, draw) -> Tensor:
+        """[B] tokens drawn by the last stage, on every stage."""
+        device = next(self._model.parameters()).device
+        chosen_B = torch.empty(self._num_sequences, dtype=torch.long, device=device)
+        if logits_BV is not None:
+            chosen_B = draw(logits_BV)
+        if self._p2p is not None:
+            group = self._groups.pg.pp
+            dist.broadcast(chosen_B, dist.get_global_rank(group, group.size() - 1), group=group)
+        return chosen_B
+
+
+def _draw(logits_BV: Tensor, seed_B: Tensor, position: int, rule: SamplingRule) -> Tensor:
+    log_probs_BV = (logits_BV.float() / rule.temperature).log_softmax(-1)
+    if 0 < rule.top_k < log_probs_BV.shape[-1]:
+        least_B1 = log_probs_BV.topk(rule.top_k).values[:, -1:]
+        log_probs_BV = log_probs_BV.masked_fill(log_probs_BV < least_B1, -torch.inf)
+    if rule.top_p < 1:
+        log_probs_BV = _keep_top_p(log_probs_BV.log_softmax(-1), rule.top_p)
+    return sample_with_seed(log_probs_BV, seed_B, torch.full_like(seed_B, position))[:, 0]
+
+
+def _keep_top_p(log_probs_BV: Tensor, top_p: float) -> Tensor:
+    ordered_BV, order_BV = log_probs_BV.sort(dim=-1, descending=True)
+    mass_before_BV = ordered_BV.exp().cumsum(-1) - ordered_BV.exp()
+    dropped_BV = torch.zeros_like(mass_before_BV, dtype=torch.bool).scatter_(-1, order_BV, mass_before_BV >= top_p)
+    return log_probs_BV.masked_fill(dropped_BV, -torch.inf)

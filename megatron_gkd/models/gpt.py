@@ -1,0 +1,217 @@
+"""From the sizes in config.json to Megatron-Core's GPTModel, with hidden states where logits would come out.
+
+Shapes: B = sequences of a micro-batch, S = positions, H = hidden, V = vocabulary entries of this rank.
+"""
+
+import types
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
+
+from megatron_gkd.config.hf_shapes import HfShapes
+from megatron_gkd.parallel.groups import ModelGroups
+from megatron_gkd.platform.kernels import Kernels
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Norm for Megatron's layer spec that also works with sequence parallelism.
+
+    Megatron's own wrapper of torch's norm refuses it. The attribute makes ``finalize_model_grads`` sum the weight's
+    gradient over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__(hidden_size, eps=eps)
+        weight: Any = self.weight
+        weight.sequence_parallel = config.sequence_parallel
+
+
+class HiddenOnly(torch.nn.Module):
+    """Output layer of a headless model: hands the hidden states on."""
+
+    def forward(self, input_: Tensor, weight=None, runtime_gather_output=None) -> tuple[Tensor, None]:
+        """Return ``input_`` unchanged, in the form of Megatron's linear layers (output, bias)."""
+        return input_, None
+
+
+class HiddenTap:
+    """Switch on a GPTModel's output layer: while on, ``model(...)`` returns hidden states [B, S, H] on the last stage.
+
+    With sequence parallelism it returns this rank's [B, S / tp, H]. The output layer keeps its parameter, so the state
+    dict, DDP and the all-reduce of a tied embedding's gradient are unchanged. While off, logits come out as usual.
+    """
+
+    def __init__(self, model: GPTModel):
+        self.is_on = True
+        real_forward = model.output_layer.forward
+        tap = self
+
+        def forward(self, input_, weight=None, runtime_gather_output=None):
+            if tap.is_on:
+                return input_, None
+            return real_forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
+
+        model.output_layer.forward = types.MethodType(forward, model.output_layer)
+
+    def __enter__(self):
+        """Let logits through for the length of a ``with`` block."""
+        self.is_on = False
+
+    def __exit__(self, *_):
+        self.is_on = True
+
+
+def padded_vocab_size(vocab_size: int, *, divisible_by: int, tp_size: int) -> int:
+    """Vocabulary rows after padding: the next multiple of ``divisible_by * tp_size``."""
+    multiple = divisible_by * tp_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(
+    shapes: HfShapes, groups: ModelGroups, *, dtype: torch.dtype, sequence_parallel: bool, kernels: Kernels, on_cpu: bool
+) -> TransformerConfig:
+    """Megatron's description of a dense Llama-like model."""
+    has_te = kernels.transformer_engine
+    return TransformerConfig(
+        num_layers=shapes.num_layers,
+        hidden_size=shapes.hidden_size,
+        ffn_hidden_size=shapes.ffn_hidden_size,
+        num_attention_heads=shapes.num_attention_heads,
+        num_query_groups=shapes.num_query_groups,
+        kv_channels=shapes.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shapes.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shapes.qkv_bias,
+        qk_layernorm=shapes.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=groups.layout.tp_size,
+        pipeline_model_parallel_size=groups.layout.pp_size,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        # weights are always loaded, never drawn
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,
+        gradient_accumulation_fusion=kernels.apex_gradient_fusion,
+        # fusions need torch.compile or CUDA kernels; they change no result
+        bias_activation_fusion=not on_cpu,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=has_te,
+        persist_layer_norm=has_te,
+    )
+
+
+def build_gpt(
+    shapes: HfShapes,
+    groups: ModelGroups,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels,
+    max_seq_length: int,
+    vocab_divisible_by: int = 1,
+    sequence_parallel: bool = False,
+    is_headless: bool = False,
+) -> GPTModel:
+    """This rank's part of the model on ``device``, every weight zero.
+
+    Args:
+        shapes: Sizes from config.json.
+        groups: The model's layout and process groups.
+        dtype: Type of the parameters.
+        device: Where they live.
+        kernels: Optional kernel libraries.
+        max_seq_length: Longest sequence in positions.
+        vocab_divisible_by: The vocabulary is padded to a multiple of this times the tensor-parallel size.
+        sequence_parallel: Split activations between the tensor-parallel regions along the sequence.
+        is_headless: Leave the output layer out; the model returns hidden states (after the final norm).
+    """
+    on_cpu = device.type == "cpu"
+    config = transformer_config(
+        shapes, groups, dtype=dtype, sequence_parallel=sequence_parallel, kernels=kernels, on_cpu=on_cpu
+    )
+    vocab_size = padded_vocab_size(shapes.vocab_size, divisible_by=vocab_divisible_by, tp_size=groups.layout.tp_size)
+    model = GPTModel(
+        config,
+        block_spec(config, qk_layernorm=shapes.qk_norm, kernels=kernels),
+        vocab_size,
+        max_seq_length,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shapes.tied and not is_headless,
+        position_embedding_type="rope",
+        rotary_base=shapes.rope_theta,  # pyright: ignore[reportArgumentType]  (any number works)
+        pg_collection=groups.pg,
+    )
+    if is_headless and groups.is_last_stage:
+        model.add_module("output_layer", HiddenOnly())
+    for parameter in model.parameters():
+        parameter.data.zero_()  # padding rows stay zero; nothing is left as uninitialised memory
+    return model.to(device)
+
+
+def block_spec(config: TransformerConfig, *, qk_layernorm: bool, kernels: Kernels) -> Any:
+    """Transformer Engine's layers where there are any, plain torch ones elsewhere (``TransformerBlockSubmodules``)."""
+    num_layers = get_num_layers_to_build(config)
+    if kernels.transformer_engine:
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        te_norm: Any = TENorm
+        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=te_norm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
+    parts: Any = layer.submodules
+    norm: Any = RMSNorm
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
+    if qk_layernorm:
+        parts.self_attention.submodules.q_layernorm = parts.self_attention.submodules.k_layernorm = norm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def head_weight(model: GPTModel) -> Tensor:
+    """[V, H] shard of the output projection on the last stage; the embedding's copy if tied."""
+    # shared_embedding_or_output_weight() answers with the embedding on a first stage even if nothing is shared
+    if model.share_embeddings_and_output_weights and model.pre_process:
+        return model.embedding.word_embeddings.weight
+    return model.output_layer.weight
+
+
+def select_rows(hidden_BSH: Tensor, mask_BS: Tensor, *, sequence_parallel: bool, group: dist.ProcessGroup) -> Tensor:
+    """[T, H] rows under the mask, sequence by sequence, equal on all tensor-parallel ranks.
+
+    Each rank may hand back a partial gradient: it is summed over the tensor-parallel group on the way into the model.
+
+    Args:
+        hidden_BSH: Hidden states of the last stage; [B, S / tp, H] with sequence parallelism.
+        mask_BS: True where a row is wanted.
+        sequence_parallel: Whether ``hidden_BSH`` is split along the sequence.
+        group: The model's tensor-parallel group.
+    """
+    hidden_SBH = hidden_BSH.transpose(0, 1).contiguous()
+    if sequence_parallel:
+        hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden_SBH, tensor_parallel_output_grad=True, group=group
+        )
+    else:
+        hidden_SBH = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH, group=group)
+    num_sequences = mask_BS.shape[0]
+    sequence_T, position_T = mask_BS.nonzero(as_tuple=True)
+    return hidden_SBH.flatten(0, 1)[position_T * num_sequences + sequence_T]

@@ -1,0 +1,95 @@
+"""Run a model through Megatron's schedules: forward only, or forward and backward with a loss.
+
+Shapes: B = sequences of a micro-batch, S = positions, H = hidden, T = rows under a mask.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from megatron_gkd.models.gpt import select_rows
+from megatron_gkd.parallel.groups import ModelGroups
+
+LossFunction = Callable[[Tensor, Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""(hidden_BSH of the last stage, micro-batch) -> (loss sum to differentiate, number of tokens, report)."""
+
+
+def train_schedule(
+    model: torch.nn.Module, config: Any, groups: ModelGroups, micro_batches: Sequence[Any], loss: LossFunction
+) -> list[dict[str, Tensor]]:
+    """Forward and backward over all micro-batches; gradients are finished (reduced, divided by the token count).
+
+    Args:
+        model: The DDP-wrapped model.
+        config: Its TransformerConfig.
+        groups: Its layout and groups.
+        micro_batches: Objects with ``tokens_BS`` and ``position_ids_BS``, all of one shape.
+        loss: Called on the last stage.
+
+    Returns:
+        One report per micro-batch on the last stage, nothing elsewhere.
+    """
+
+    def forward_step(iterator, module):
+        micro_batch = next(iterator)
+        output = _forward(module, micro_batch)
+        return output, lambda hidden_BSH: loss(hidden_BSH, micro_batch)
+
+    return _run(model, config, groups, micro_batches, forward_step, forward_only=False)
+
+
+def forward_rows(model: torch.nn.Module, config: Any, groups: ModelGroups, micro_batches: Sequence[Any]) -> list[Tensor]:
+    """Hidden states of the rows under each micro-batch's ``loss_mask_BS``; no gradient.
+
+    Returns:
+        [T, H] per micro-batch on every rank of the last stage, nothing elsewhere.
+    """
+
+    def forward_step(iterator, module):
+        micro_batch = next(iterator)
+        output = _forward(module, micro_batch)
+
+        def rows(hidden_BSH, non_loss_data=True):
+            return select_rows(
+                hidden_BSH,
+                micro_batch.loss_mask_BS.to(hidden_BSH.device),
+                sequence_parallel=config.sequence_parallel,
+                group=groups.pg.tp,
+            )
+
+        return output, rows
+
+    with torch.no_grad():
+        return _run(
+            model, config, groups, micro_batches, forward_step, forward_only=True, collect_non_loss_data=True
+        )
+
+
+def _forward(model: torch.nn.Module, micro_batch: Any) -> Tensor:
+    device = next(model.parameters()).device
+    # causal attention and right padding need no mask
+    return model(micro_batch.tokens_BS.to(device), micro_batch.position_ids_BS.to(device), None)
+
+
+def _run(model, config, groups: ModelGroups, micro_batches, forward_step, **options) -> list:
+    # get_forward_backward_func() would decide by the global pipeline size; this model may have its own
+    if groups.layout.pp_size > 1:
+        schedule = schedules.forward_backward_pipelining_without_interleaving
+        options["p2p_communicator"] = P2PCommunicator(groups.pg.pp, config)
+    else:
+        schedule = schedules.forward_backward_no_pipelining
+    num_sequences, seq_length = micro_batches[0].tokens_BS.shape
+    return schedule(
+        forward_step_func=forward_step,
+        data_iterator=iter(micro_batches),
+        model=model,
+        num_microbatches=len(micro_batches),
+        seq_length=seq_length,
+        micro_batch_size=num_sequences,
+        pg_collection=groups.pg,
+        **options,
+    )

@@ -1,0 +1,44 @@
+"""Logging of one rank."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+PACKAGE = "megatron_gkd"
+_OWN = "megatron_gkd_handler"  # name by which a second call finds the handlers of the first
+
+
+def configure_logging(level: str, rank: int, log_file: Path | None = None) -> None:
+    """Send log records to stderr and, if wanted, to a file. May be called again.
+
+    On the screen rank 0 speaks at ``level`` and the other ranks only warn. Other libraries only warn everywhere.
+
+    Args:
+        level: ``debug``, ``info`` or ``warning``.
+        rank: This process's rank in the job.
+        log_file: This rank's own file, which gets everything from ``level`` on; appended to, its folder is made.
+
+    Raises:
+        ValueError: Unknown level.
+    """
+    levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
+    if level not in levels:
+        raise ValueError(f"logging.level is {level!r}; choose one of {', '.join(levels)}")
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if handler.get_name() == _OWN]:
+        root.removeHandler(handler)
+        handler.close()
+    screen = logging.StreamHandler()
+    screen.setLevel(levels[level] if rank == 0 else logging.WARNING)
+    handlers: list[logging.Handler] = [screen]
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    formatter = logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s")
+    for handler in handlers:
+        handler.set_name(_OWN)
+        handler.setFormatter(formatter)
+        root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    logging.getLogger(PACKAGE).setLevel(levels[level])

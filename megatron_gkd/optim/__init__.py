@@ -1,0 +1,1 @@
+"""Megatron's optimizer and learning-rate schedule, built from plain values."""

@@ -1,0 +1,1 @@
+"""Everything that depends on the machine: device, kernels, CPU stand-ins."""

@@ -1,0 +1,81 @@
+"""Sampling whose noise depends on (seed, position, token id) only, never on the batch or on generator state.
+
+Gumbel-max (Gumbel 1954; Maddison et al. 2014, "A* Sampling"): argmax_v(log p_v + g_v) with independent standard Gumbel
+g_v is a sample from p. The uniform numbers behind g come from a hash, so a sample can be repeated on any machine.
+
+Shapes: B = sequences, V = vocabulary entries.
+"""
+
+import torch
+from torch import Tensor
+
+_LOW_32 = 0xFFFFFFFF
+
+
+def sample_with_seed(log_probs_BV: Tensor, seed_B: Tensor, position_B: Tensor) -> Tensor:
+    """One token id per row.
+
+    Args:
+        log_probs_BV: [B, V] log-probabilities up to a constant per row, -inf where excluded. Not modified.
+        seed_B: [B] seeds, int64 or uint64.
+        position_B: [B] position of the sampled token in its sequence, any integer dtype.
+
+    Returns:
+        [B, 1] int64 column indices.
+    """
+    token_ids_V = torch.arange(log_probs_BV.shape[1], device=log_probs_BV.device)
+    bits_BV = hash32(seed_B, position_B, token_ids_V).to(torch.float64)
+    uniform_BV = bits_BV.add_(2.0**31 + 0.5).mul_(2.0**-32)  # strictly inside (0, 1): no infinite noise
+    minus_gumbel_BV = uniform_BV.log_().neg_().log_()  # g = -log(-log u)
+    return (log_probs_BV.to(torch.float64) - minus_gumbel_BV).argmax(dim=1, keepdim=True)
+
+
+def hash32(seed_B: Tensor, position_B: Tensor, token_ids_V: Tensor) -> Tensor:
+    """MurmurHash3 (x86, 32 bit, hash seed 0) of the four words (seed low, seed high, position, token id).
+
+    Args:
+        seed_B: [B] int64 or uint64.
+        position_B: [B] integers; the low 32 bits count.
+        token_ids_V: [V] integers; the low 32 bits count.
+
+    Returns:
+        [B, V] int32, the hash's 32 bits read as a signed number.
+    """
+    seed_B = seed_B.view(torch.int64) if seed_B.dtype == torch.uint64 else seed_B.to(torch.int64)
+    words = (
+        _as_int32(seed_B)[:, None],
+        _as_int32(seed_B >> 32)[:, None],
+        _as_int32(position_B)[:, None],
+        _as_int32(token_ids_V)[None, :],
+    )
+    state = torch.zeros_like(words[0])
+    for word in words:
+        state = state ^ (_rotate_left(word * _signed(0xCC9E2D51), 15) * 0x1B873593)
+        state = _rotate_left(state, 13).mul_(5).add_(_signed(0xE6546B64))
+    state ^= 4 * len(words)  # length in bytes
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        state ^= _shift_right(state, shift)
+        state *= _signed(factor)
+    return state ^ _shift_right(state, 16)
+
+
+# int32 arithmetic wraps in two's complement: products and sums have the bits that unsigned numbers would have
+
+
+def _as_int32(number: Tensor) -> Tensor:
+    """The low 32 bits, read as a signed number."""
+    low = number.to(torch.int64) & _LOW_32
+    return torch.where(low > 0x7FFFFFFF, low - 2**32, low).to(torch.int32)
+
+
+def _signed(constant: int) -> int:
+    return constant - 2**32 if constant > 0x7FFFFFFF else constant
+
+
+def _shift_right(word: Tensor, num_bits: int) -> Tensor:
+    """Logical shift: zeros come in from the left, whatever the sign."""
+    return (word >> num_bits) & (_LOW_32 >> num_bits)
+
+
+def _rotate_left(word: Tensor, num_bits: int) -> Tensor:
+    return (word << num_bits) | _shift_right(word, 32 - num_bits)

@@ -1,0 +1,5 @@
+"""What a finished run is judged by: distances on held-out text, and sample completions."""
+
+from megatron_gkd.report.held_out import HeldOutKL, held_out_kl, load_completions, write_completions
+
+__all__ = ["HeldOutKL", "held_out_kl", "load_completions", "write_completions"]

@@ -1,0 +1,1 @@
+"""Who owns which slice of which weight, and how slices travel between layouts."""

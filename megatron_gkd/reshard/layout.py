@@ -1,0 +1,258 @@
+"""Who owns which slice: every Megatron parameter of a rank as slices of Hugging Face tensors.
+
+One description serves both directions: reading a checkpoint into a rank (import) and writing a rank's weights out
+(export, push to the generation engine). Nothing is gathered; each slice is a view on both sides.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_gkd.config.hf_shapes import HfShapes
+from megatron_gkd.models.families import WeightMap, family_of
+from megatron_gkd.parallel.groups import Layout
+
+Span = tuple[int, int]
+"""Half-open interval [start, stop)."""
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """A model's weights in one layout.
+
+    Attributes:
+        shapes: Sizes from config.json.
+        layout: Tensor- and pipeline-parallel sizes.
+        padded_vocab_size: Vocabulary rows after padding, over all tensor-parallel ranks.
+    """
+
+    shapes: HfShapes
+    layout: Layout
+    padded_vocab_size: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The same block of numbers on both sides.
+
+    Attributes:
+        parameter: Name of the Megatron parameter on its rank.
+        local: One span per dimension of that parameter.
+        tensor: Name of the Hugging Face tensor.
+        full: One span per dimension of that tensor.
+    """
+
+    parameter: str
+    local: tuple[Span, ...]
+    tensor: str
+    full: tuple[Span, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in the block."""
+        return math.prod(stop - start for start, stop in self.full)
+
+
+def hf_tensors(shapes: HfShapes) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the Hugging Face checkpoint, in the order of the layers."""
+    family = family_of(shapes.model_type)
+    tensors: dict[str, tuple[int, ...]] = {}
+    for weight in family.outer:
+        if not (shapes.tied and weight.hf == ("lm_head.weight",)):
+            tensors.update(_hf_shapes_of(weight, shapes, 0))
+    for layer in range(shapes.num_layers):
+        for weight in family.layer:
+            tensors.update(_hf_shapes_of(weight, shapes, layer))
+    return tensors
+
+
+def rank_slices(
+    weights: WeightLayout,
+    *,
+    tp_rank: int,
+    pp_rank: int,
+    parameters: Iterable[str] | None = None,
+    is_headless: bool = False,
+) -> list[Slice]:
+    """All slices that a rank needs to fill its parameters.
+
+    Args:
+        weights: The model and its layout.
+        tp_rank: Tensor-parallel index of the rank.
+        pp_rank: Pipeline stage of the rank.
+        parameters: Names of the rank's parameters, to tell plain torch from Transformer Engine names; ``None`` takes the
+            plain names.
+        is_headless: The model has no output layer.
+    """
+    shapes, layout = weights.shapes, weights.layout
+    present = None if parameters is None else set(parameters)
+    is_first, is_last = pp_rank == 0, pp_rank == layout.pp_size - 1
+    num_layers = shapes.num_layers // layout.pp_size
+    slices: list[Slice] = []
+    for weight in family_of(shapes.model_type).outer:
+        name = weight.megatron[0]
+        if name.startswith("embedding") and not is_first:
+            continue
+        if not name.startswith("embedding") and not is_last:
+            continue
+        hf = weight.hf
+        if name.startswith("output_layer"):
+            if is_headless or (shapes.tied and is_first):
+                continue
+            hf = ("model.embed_tokens.weight",) if shapes.tied else hf  # a tied last stage keeps its own copy
+        slices += _cut(name, hf, weight.kind, weights, tp_rank)
+    for i in range(num_layers):
+        for weight in family_of(shapes.model_type).layer:
+            name = _name_in(weight, i, present)
+            hf = tuple(x.format(i=i + pp_rank * num_layers) for x in weight.hf)
+            slices += _cut(name, hf, weight.kind, weights, tp_rank)
+    return slices
+
+
+def owned_slices(
+    weights: WeightLayout, *, tp_rank: int, pp_rank: int, parameters: Iterable[str] | None = None
+) -> list[Slice]:
+    """The slices that a rank writes out, such that all ranks of one copy together write every number once.
+
+    A weight that every tensor-parallel rank holds is written by the first; the last stage's copy of a tied embedding
+    is left to the first stage.
+    """
+    needed = rank_slices(weights, tp_rank=tp_rank, pp_rank=pp_rank, parameters=parameters)
+    family = family_of(weights.shapes.model_type)
+    replicated = {name for w in (*family.outer, *family.layer) if w.kind == "replicated" for name in w.hf}
+    tied_copy = "output_layer.weight" if weights.shapes.tied else None
+    return [
+        piece
+        for piece in needed
+        if piece.parameter != tied_copy and not (tp_rank > 0 and _template(piece.tensor) in replicated)
+    ]
+
+
+def all_owned_slices(weights: WeightLayout) -> list[Slice]:
+    """What all ranks of one copy write together, for ``check_coverage``."""
+    return [
+        piece
+        for tp_rank in range(weights.layout.tp_size)
+        for pp_rank in range(weights.layout.pp_size)
+        for piece in owned_slices(weights, tp_rank=tp_rank, pp_rank=pp_rank)
+    ]
+
+
+def check_coverage(shapes: HfShapes, pieces: Sequence[Slice]) -> None:
+    """Every number of every Hugging Face tensor occurs in exactly one slice.
+
+    Raises:
+        ValueError: Names the tensors that are missing, incomplete or written twice.
+    """
+    blocks: dict[str, list[tuple[Span, ...]]] = {name: [] for name in hf_tensors(shapes)}
+    for piece in pieces:
+        blocks.setdefault(piece.tensor, []).append(piece.full)
+    wrong = []
+    for name, shape in hf_tensors(shapes).items():
+        covered = sum(math.prod(stop - start for start, stop in block) for block in blocks[name])
+        if covered != math.prod(shape):
+            wrong.append(f"{name}: {covered} of {math.prod(shape)} numbers")
+        elif _overlap(blocks[name]):
+            wrong.append(f"{name}: some numbers twice")
+    wrong += [f"{name}: not a tensor of this model" for name in blocks.keys() - hf_tensors(shapes).keys()]
+    if wrong:
+        raise ValueError("the slices do not cover the model exactly once: " + "; ".join(wrong[:5]))
+
+
+def _template(tensor: str) -> str:
+    parts = tensor.split(".")
+    return ".".join("{i}" if part.isdigit() else part for part in parts)
+
+
+def _name_in(weight: WeightMap, layer: int, present: set[str] | None) -> str:
+    names = [name.format(i=layer) for name in weight.megatron]
+    if present is None:
+        return names[0]
+    return next((name for name in names if name in present), names[0])
+
+
+def _overlap(blocks: list[tuple[Span, ...]]) -> bool:
+    ordered = sorted(blocks)
+    return any(
+        all(a < d and c < b for (a, b), (c, d) in zip(first, second, strict=True))
+        for i, first in enumerate(ordered)
+        for second in ordered[i + 1 :]
+        if second[0][0] < first[0][1]
+    )
+
+
+def _hf_shapes_of(weight: WeightMap, shapes: HfShapes, layer: int) -> dict[str, tuple[int, ...]]:
+    out = {}
+    for name in weight.hf:
+        out[name.format(i=layer)] = _hf_shape(name, shapes)
+    return out
+
+
+def _hf_shape(name: str, shapes: HfShapes) -> tuple[int, ...]:
+    """Shape of a Hugging Face tensor, by the last two parts of its name."""
+    h, ffn, d = shapes.hidden_size, shapes.ffn_hidden_size, shapes.head_dim
+    q, kv = shapes.num_attention_heads * d, shapes.num_query_groups * d
+    part, kind = name.split(".")[-2:]
+    rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": ffn, "up_proj": ffn}
+    if kind == "bias":
+        return (rows[part],)
+    if part in rows:
+        return rows[part], h
+    by_name = {
+        "embed_tokens": (shapes.vocab_size, h),
+        "lm_head": (shapes.vocab_size, h),
+        "o_proj": (h, q),
+        "down_proj": (h, ffn),
+        "q_norm": (d,),
+        "k_norm": (d,),
+    }
+    return by_name.get(part, (h,))
+
+
+def _cut(parameter: str, hf: tuple[str, ...], kind: str, weights: WeightLayout, tp_rank: int) -> list[Slice]:
+    shapes, tp_size = weights.shapes, weights.layout.tp_size
+    full = [_hf_shape(name, shapes) for name in hf]
+    match kind:
+        case "replicated":
+            spans = tuple((0, n) for n in full[0])
+            return [Slice(parameter, spans, hf[0], spans)]
+        case "vocab":
+            return _cut_vocab(parameter, hf[0], full[0], weights.padded_vocab_size // tp_size, tp_rank)
+        case "row":
+            rows, columns = full[0]
+            width = columns // tp_size
+            start = tp_rank * width
+            return [Slice(parameter, ((0, rows), (0, width)), hf[0], ((0, rows), (start, start + width)))]
+        case "gate_up":
+            rows, columns = full[0]
+            height = rows // tp_size
+            span, rest = (tp_rank * height, (tp_rank + 1) * height), (0, columns)
+            return [
+                Slice(parameter, ((i * height, (i + 1) * height), rest), name, (span, rest)) for i, name in enumerate(hf)
+            ]
+        case "qkv":
+            return _cut_qkv(parameter, hf, full, shapes, tp_size, tp_rank)
+    raise ValueError(f"unknown kind of weight {kind!r}")
+
+
+def _cut_vocab(parameter: str, tensor: str, full: tuple[int, ...], height: int, tp_rank: int) -> list[Slice]:
+    vocab, hidden = full
+    start, stop = tp_rank * height, min((tp_rank + 1) * height, vocab)
+    if stop <= start:
+        return []  # only padding on this rank
+    return [Slice(parameter, ((0, stop - start), (0, hidden)), tensor, ((start, stop), (0, hidden)))]
+
+
+def _cut_qkv(parameter: str, hf, full, shapes: HfShapes, tp_size: int, tp_rank: int) -> list[Slice]:
+    # Megatron's rows, per query group: the group's q heads, then k, then v
+    d = shapes.head_dim
+    heights = [shapes.num_attention_heads // shapes.num_query_groups * d, d, d]
+    num_groups = shapes.num_query_groups // tp_size
+    slices, local = [], 0
+    for group in range(tp_rank * num_groups, (tp_rank + 1) * num_groups):
+        for tensor, shape, height in zip(hf, full, heights, strict=True):
+            rest = tuple((0, n) for n in shape[1:])
+            span = (group * height, (group + 1) * height)
+            slices.append(Slice(parameter, ((local, local + height), *rest), tensor, (span, *rest)))
+            local += height
+    return slices

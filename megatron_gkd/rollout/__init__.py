@@ -1,0 +1,1 @@
+"""Completions sampled from the student."""

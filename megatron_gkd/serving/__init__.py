@@ -1,0 +1,28 @@
+"""Talking to SGLang servers over HTTP, and running them."""
+
+from megatron_gkd.serving.client import SglangClient
+from megatron_gkd.serving.command import ServerSettings
+from megatron_gkd.serving.completion import Completion, Sampling
+from megatron_gkd.serving.errors import (
+    EngineDied,
+    EngineError,
+    EngineReplyInvalid,
+    EngineRequestInvalid,
+    EngineTimeout,
+    StaleWeights,
+)
+from megatron_gkd.serving.process import ServerProcess
+
+__all__ = [
+    "Completion",
+    "EngineDied",
+    "EngineError",
+    "EngineReplyInvalid",
+    "EngineRequestInvalid",
+    "EngineTimeout",
+    "Sampling",
+    "ServerProcess",
+    "ServerSettings",
+    "SglangClient",
+    "StaleWeights",
+]

@@ -1,0 +1,193 @@
+"""Command line and environment of an SGLang server, as pure functions of its settings."""
+
+import importlib.metadata
+import ipaddress
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_gkd.platform.sglang_cpu import PLATFORM_NAME
+from megatron_gkd.serving.connection import is_loopback
+
+# sglang takes prompts of up to context length - 6 tokens and silently shortens completions near its end
+SPARE_CONTEXT_TOKENS = 6
+
+# of torchrun and of the trainer's own libraries: an engine that inherits them joins the wrong rendezvous, or computes
+# with the trainer's number of threads
+_SCRUBBED = frozenset(
+    {
+        "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME",
+        "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE",
+        "MASTER_ADDR", "MASTER_PORT", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING",
+        "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
+    }
+)  # fmt: skip
+_SCRUBBED_PREFIXES = ("TORCHELASTIC_", "PET_")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What one server is started with.
+
+    Attributes:
+        model_folder: Hugging Face folder with config.json and safetensors files.
+        context_length: Longest prompt plus completion in tokens.
+        port: TCP port; 0 lets ``ServerProcess.start`` choose a free one.
+        max_running_requests: Sequences computed together; further ones wait.
+        dtype: Of weights and activations.
+        on_cpu: Use this package's CPU platform instead of a GPU.
+        host: Address to listen on; other machines are let in only with an API key.
+        tp_size: Tensor-parallel ranks of the server.
+        mem_fraction_static: Share of the GPU's memory for weights and KV cache; no effect on a CPU.
+        num_threads: CPU threads of each of the server's ranks; None shares the machine's cores among them.
+        weight_version: Reported until the first weight update.
+        has_random_weights: Do not read the model's weights: they are pushed before the first use, which the clients of
+            this server insist on.
+        is_deterministic: Honour ``sampling_seed``; without it SGLang ignores seeds silently.
+        api_key: Demanded from clients as bearer token. It is on SGLang's command line, which local users can see.
+        extra_args: Appended to SGLang's command line.
+    """
+
+    model_folder: Path
+    context_length: int
+    port: int = 0
+    max_running_requests: int = 16
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    on_cpu: bool = False
+    host: str = "127.0.0.1"
+    tp_size: int = 1
+    mem_fraction_static: float = 0.4
+    num_threads: int | None = None
+    weight_version: int = 0
+    has_random_weights: bool = False
+    is_deterministic: bool = True
+    api_key: str | None = None
+    extra_args: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not is_loopback(self.host) and not self.api_key:
+            raise ValueError(
+                f"host {self.host} lets other machines in, and whoever reaches the server can replace its weights; give "
+                "an API key or use 127.0.0.1"
+            )
+        if not (self.model_folder / "config.json").is_file():
+            raise ValueError(f"{self.model_folder} is not a Hugging Face model folder: it has no config.json")
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine finds the server."""
+        host = "127.0.0.1" if _is_any_address(self.host) else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+def server_command(settings: ServerSettings) -> list[str]:
+    """Arguments that start the server."""
+    command = [
+        sys.executable, "-m", "sglang.launch_server",
+        "--model-path", str(settings.model_folder),
+        "--host", settings.host,
+        "--port", str(settings.port),
+        "--tp-size", str(settings.tp_size),
+        "--dtype", settings.dtype,
+        "--context-length", str(settings.context_length + SPARE_CONTEXT_TOKENS),
+        "--max-running-requests", str(settings.max_running_requests),
+        "--weight-version", str(settings.weight_version),
+        "--grammar-backend", "none",
+        "--skip-server-warmup",
+        "--skip-tokenizer-init",
+        "--sleep-on-idle",
+    ]  # fmt: skip
+    if settings.has_random_weights:
+        command += ["--load-format", "dummy"]
+    if settings.is_deterministic:
+        command.append("--enable-deterministic-inference")
+    command += _cpu_arguments(settings) if settings.on_cpu else _gpu_arguments(settings)
+    if settings.api_key:
+        command += ["--api-key", settings.api_key]
+    return [*command, *settings.extra_args]
+
+
+def server_environment(
+    settings: ServerSettings, inherited: Mapping[str, str], cpus: Sequence[int]
+) -> dict[str, str]:
+    """Environment of the server's process.
+
+    Args:
+        settings: Of the server.
+        inherited: The trainer's environment.
+        cpus: Cores the server may use.
+    """
+    environment = {
+        name: value
+        for name, value in inherited.items()
+        if name not in _SCRUBBED and not name.startswith(_SCRUBBED_PREFIXES)
+    }
+    cores_of_ranks = _share_cores(cpus, settings.tp_size)
+    environment["OMP_NUM_THREADS"] = str(settings.num_threads or len(cores_of_ranks[0]))
+    environment["HF_HUB_OFFLINE"] = "1"
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    # the spare tokens above may exceed the model's positions; no sequence ever reaches them
+    environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+    # before it ends after a crash, SGLang would wait 5 s, and up to 60 s more for core dumps of the GPUs
+    environment.setdefault("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "0")
+    environment.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "0")
+    if settings.on_cpu:
+        environment["SGLANG_PLATFORM"] = PLATFORM_NAME
+        if settings.tp_size > 1:
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
+                ",".join(str(core) for core in cores) for cores in cores_of_ranks
+            )
+    return environment
+
+
+def check_cpu_plugin() -> None:
+    """Raises ``RuntimeError`` unless SGLang will find this package's CPU platform."""
+    names = {entry.name for entry in importlib.metadata.entry_points(group="sglang.srt.platforms")}
+    if PLATFORM_NAME not in names:
+        raise RuntimeError(
+            f"SGLang cannot find its platform {PLATFORM_NAME!r}: entry points exist only for installed packages; run "
+            "pip install -e . in the repository"
+        )
+
+
+def available_cpus() -> list[int]:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _cpu_arguments(settings: ServerSettings) -> list[str]:
+    # enough for all running requests at full length, so that none is thrown out and computed again
+    num_cache_tokens = settings.max_running_requests * (settings.context_length + SPARE_CONTEXT_TOKENS)
+    return [
+        "--device", "cpu",
+        "--attention-backend", "torch_native",
+        "--sampling-backend", "pytorch",
+        "--cuda-graph-backend-decode", "disabled",
+        "--cuda-graph-backend-prefill", "disabled",
+        "--disable-overlap-schedule",
+        "--max-total-tokens", str(num_cache_tokens),
+    ]  # fmt: skip
+
+
+def _gpu_arguments(settings: ServerSettings) -> list[str]:
+    return ["--mem-fraction-static", str(settings.mem_fraction_static)]
+
+
+def _is_any_address(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _share_cores(cpus: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Cores of each rank: contiguous blocks, or single ones used again where there are fewer cores than ranks."""
+    if len(cpus) < num_ranks:
+        return [[cpus[rank % len(cpus)]] for rank in range(num_ranks)]
+    size = len(cpus) // num_ranks
+    return [list(cpus[rank * size : (rank + 1) * size]) for rank in range(num_ranks)]

@@ -1,0 +1,193 @@
+"""JSON over HTTP to one server, with a deadline, bounded retries, and an eye on the server's process.
+
+``requests`` does the HTTP: synchronous like its callers, already required by SGLang, and it keeps no background loop.
+Each attempt opens its own connection; a kept-alive one that the server closed meanwhile would look like a failure.
+"""
+
+import ipaddress
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import requests
+
+from megatron_gkd.serving.errors import EngineError, EngineReplyInvalid, EngineTimeout
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 10.0
+WATCH_INTERVAL_S = 0.25
+FIRST_BACKOFF_S = 0.5
+MAX_REPLY_BYTES = 1 << 30
+
+
+class _Unreachable(Exception):
+    """The attempt failed in a way that a repetition may cure."""
+
+
+@dataclass
+class _Attempt:
+    """What the thread of one attempt leaves behind."""
+
+    done: threading.Event = field(default_factory=threading.Event)
+    status: int = 0
+    body: bytes = b""
+    error: Exception | None = None
+
+
+class Connection:
+    """Requests to one server.
+
+    Args:
+        url: Such as ``http://127.0.0.1:30000``.
+        request_timeout_s: Longest time of one attempt, from connecting to the last byte of the answer.
+        max_retries: Repetitions after a failed connection or an answer of 500 and above; a time-out is not repeated.
+        api_key: Sent as bearer token.
+        is_alive: Called at least once a second while waiting; raises when the server's process is gone.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        request_timeout_s: float,
+        max_retries: int,
+        api_key: str | None = None,
+        is_alive: Callable[[], None] | None = None,
+    ):
+        self.url = url.rstrip("/")
+        self._timeout_s = request_timeout_s
+        self._max_retries = max_retries
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._is_alive = is_alive or (lambda: None)
+
+    def get(self, path: str, *, timeout_s: float | None = None, is_json: bool = True) -> Any:
+        """Answer of a GET; see ``post``."""
+        return self._request("GET", path, None, timeout_s, is_json)
+
+    def post(self, path: str, body: Any, *, timeout_s: float | None = None, is_json: bool = True) -> Any:
+        """Decoded JSON answer, or its text if ``is_json`` is False.
+
+        Repeats the request, so the server must not mind to see it twice.
+
+        Raises:
+            EngineDied: The server's process is gone.
+            EngineTimeout: No answer in time.
+            EngineReplyInvalid: An answer of 400 to 499, or one that is not JSON.
+            EngineError: Not reachable, or answers of 500 and above, after the last repetition.
+        """
+        return self._request("POST", path, body, timeout_s, is_json)
+
+    def _request(self, method: str, path: str, body: Any, timeout_s: float | None, is_json: bool) -> Any:
+        self._is_alive()
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        for num_failures in range(1, self._max_retries + 2):
+            try:
+                reply = self._try_once(method, path, body, timeout_s)
+                return (
+                    _decode_json(f"{method} {self.url}{path}", reply)
+                    if is_json
+                    else reply.decode("utf-8", "replace")
+                )
+            except _Unreachable as failure:
+                self._back_off(FIRST_BACKOFF_S * 2 ** (num_failures - 1))
+                if num_failures > self._max_retries:
+                    raise EngineError(
+                        f"{method} {self.url}{path} failed {num_failures} times, last with: {failure}; is the server up "
+                        "and the url right?"
+                    ) from failure
+                log.warning("%s %s%s failed (%s), trying again", method, self.url, path, failure)
+        raise AssertionError("unreachable: the loop returns or raises")
+
+    def _try_once(self, method: str, path: str, body: Any, timeout_s: float) -> bytes:
+        attempt = _Attempt()
+        # a daemon: a thread stuck in a read must not keep a dying trainer alive
+        threading.Thread(
+            target=self._send, args=(attempt, method, path, body, timeout_s), daemon=True
+        ).start()
+        deadline = time.monotonic() + timeout_s
+        while not attempt.done.wait(WATCH_INTERVAL_S):
+            self._is_alive()
+            if time.monotonic() > deadline:
+                raise EngineTimeout(self._timeout_message(method, path, timeout_s))
+        if isinstance(attempt.error, requests.Timeout):
+            raise EngineTimeout(self._timeout_message(method, path, timeout_s))
+        if isinstance(attempt.error, requests.RequestException):
+            raise _Unreachable(f"{type(attempt.error).__name__}: {attempt.error}")
+        if attempt.error is not None:
+            raise attempt.error
+        if attempt.status >= 500:
+            raise _Unreachable(f"status {attempt.status}: {_excerpt(attempt.body)}")
+        if attempt.status != 200:
+            raise EngineReplyInvalid(
+                f"{method} {self.url}{path} was refused with status {attempt.status}: {_excerpt(attempt.body)}"
+            )
+        return attempt.body
+
+    def _send(self, attempt: _Attempt, method: str, path: str, body: Any, timeout_s: float) -> None:
+        try:
+            with requests.Session() as session:
+                session.trust_env = False  # a proxy of the environment must not see traffic to the engine
+                with session.request(
+                    method,
+                    self.url + path,
+                    json=body,
+                    headers=self._headers,
+                    timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
+                    allow_redirects=False,
+                    stream=True,
+                ) as response:
+                    attempt.body = _read_body(response)
+                    attempt.status = response.status_code
+        except Exception as error:  # handed over to the waiting thread, which judges it
+            attempt.error = error
+        finally:
+            attempt.done.set()
+
+    def _back_off(self, seconds: float) -> None:
+        """Waits; a process that took the connection with it is noticed here, before the next attempt."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, WATCH_INTERVAL_S))
+            self._is_alive()
+
+    def _timeout_message(self, method: str, path: str, timeout_s: float) -> str:
+        return (
+            f"{method} {self.url}{path} had no answer within {timeout_s:g} s; raise rollout.request_timeout_s if the "
+            "request is that large"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes on this machine reach ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read_body(response: requests.Response) -> bytes:
+    chunks, size = [], 0
+    for chunk in response.iter_content(1 << 20):
+        size += len(chunk)
+        if size > MAX_REPLY_BYTES:
+            raise EngineReplyInvalid(f"{response.url} answered more than {MAX_REPLY_BYTES} bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _decode_json(request: str, body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise EngineReplyInvalid(f"{request} did not answer JSON ({error}): {_excerpt(body)}") from error
+
+
+def _excerpt(body: bytes) -> str:
+    return body[:500].decode("utf-8", "replace")

@@ -1,0 +1,204 @@
+"""Start, watch and stop an SGLang server."""
+
+import logging
+import os
+import random
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_gkd.serving import guard
+from megatron_gkd.serving.client import SglangClient
+from megatron_gkd.serving.command import (
+    ServerSettings,
+    available_cpus,
+    check_cpu_plugin,
+    server_command,
+    server_environment,
+)
+from megatron_gkd.serving.connection import Connection
+from megatron_gkd.serving.errors import EngineDied, EngineError, EngineTimeout
+
+log = logging.getLogger(__name__)
+
+NUM_TAIL_LINES = 20
+TAIL_BYTES = 200_000
+EXIT_NOISE = ("nanobind: ", " - leaked ", " - ... skipped", "See https://nanobind")
+STOP_GRACE_S = 10.0
+HEALTH_TIMEOUT_S = 10.0
+PROGRESS_INTERVAL_S = 15.0
+# below the ephemeral range of Linux, where an outgoing connection could take the port while the server loads
+PORTS = range(20_000, 32_000)
+
+
+class ServerProcess:
+    """A running server. Use as a context manager, or call ``stop``; it also ends when this process does, however."""
+
+    def __init__(self, guard_process: subprocess.Popen, settings: ServerSettings, log_file: Path):
+        self.settings = settings
+        self.log_file = log_file
+        self._guard = guard_process
+
+    @classmethod
+    def start(cls, settings: ServerSettings, *, log_file: Path, start_timeout_s: float) -> "ServerProcess":
+        """Start a server and wait until it has produced its first token.
+
+        Args:
+            settings: What to start; port 0 is replaced by a free one.
+            log_file: Receives all output of the server, appended.
+            start_timeout_s: Longest wait.
+
+        Raises:
+            RuntimeError: The CPU plugin is not installed.
+            EngineDied: The server ended while it started; the message has the end of its log.
+            EngineTimeout: It was not healthy in time; it is stopped.
+        """
+        server = cls.launch(settings, log_file=log_file)
+        try:
+            server.wait_until_healthy(start_timeout_s)
+        except BaseException:
+            server.stop()
+            raise
+        return server
+
+    @classmethod
+    def launch(cls, settings: ServerSettings, *, log_file: Path) -> "ServerProcess":
+        """Start a server and return at once; ``wait_until_healthy`` before the first request.
+
+        Args:
+            settings: What to start; port 0 is replaced by a free one.
+            log_file: Receives all output of the server, appended.
+
+        Raises:
+            RuntimeError: The CPU plugin is not installed.
+        """
+        if settings.on_cpu:
+            check_cpu_plugin()
+        settings = settings if settings.port else replace(settings, port=find_free_port())
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        command = server_command(settings)
+        log.info("Starting SGLang at %s, log in %s", settings.url, log_file)
+        log.debug("Command: %s", shlex.join(_without_secret(command, settings.api_key)))
+        with log_file.open("ab") as output:
+            guard_process = subprocess.Popen(
+                [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(STOP_GRACE_S), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=server_environment(settings, os.environ, available_cpus()),
+                start_new_session=True,  # Ctrl-C in a terminal reaches the trainer, which stops the server in order
+            )
+        return cls(guard_process, settings, log_file)
+
+    @property
+    def url(self) -> str:
+        """Address for clients on this machine."""
+        return self.settings.url
+
+    @property
+    def pid(self) -> int:
+        """Process id of the guard, whose descendants are the server."""
+        return self._guard.pid
+
+    def client(self, *, vocab_size: int, request_timeout_s: float, max_retries: int) -> SglangClient:
+        """A client that notices the death of this server."""
+        return SglangClient(
+            self.url,
+            vocab_size=vocab_size,
+            request_timeout_s=request_timeout_s,
+            max_retries=max_retries,
+            api_key=self.settings.api_key,
+            is_alive=self.check_alive,
+            weight_version=None if self.settings.has_random_weights else self.settings.weight_version,
+        )
+
+    def check_alive(self) -> None:
+        """Raises ``EngineDied`` with the last lines of the log when the server's process is gone."""
+        code = self._guard.poll()
+        if code is not None:
+            raise EngineDied(
+                f"the SGLang server at {self.url} ended with exit code {code}; the last lines of {self.log_file}:\n"
+                + "\n".join(self.log_tail())
+            )
+
+    def log_tail(self, num_lines: int = NUM_TAIL_LINES) -> list[str]:
+        """The last lines of the server's log, without the reports that its libraries print whenever they end."""
+        with self.log_file.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+        return [line for line in lines if line.strip() and not line.startswith(EXIT_NOISE)][-num_lines:]
+
+    def stop(self) -> None:
+        """End the server and all its processes; harmless when it has ended already."""
+        if self._guard.poll() is not None:
+            return
+        self._guard.terminate()
+        try:
+            self._guard.wait(STOP_GRACE_S + guard.KILL_TIMEOUT_S + 5)
+        except subprocess.TimeoutExpired:
+            log.warning("The guard of the SGLang server at %s does not end; killing it", self.url)
+            self._guard.kill()  # the kernel then kills the server
+            self._guard.wait()
+        log.info("Stopped the SGLang server at %s", self.url)
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def wait_until_healthy(self, timeout_s: float) -> None:
+        """Wait until the server has produced its first token, with a line in the log now and then.
+
+        Raises:
+            EngineDied: The server ended; the message has the end of its log.
+            EngineTimeout: It was not healthy in time; it still runs.
+        """
+        connection = Connection(
+            self.url, request_timeout_s=HEALTH_TIMEOUT_S, max_retries=0, is_alive=self.check_alive
+        )
+        start = time.monotonic()
+        next_progress_s = PROGRESS_INTERVAL_S
+        while True:
+            try:
+                connection.get("/health", is_json=False)
+            except EngineDied:
+                raise
+            except EngineError as error:
+                elapsed_s = time.monotonic() - start
+                if elapsed_s > timeout_s:
+                    raise EngineTimeout(
+                        f"the SGLang server was not healthy within {timeout_s:g} s ({error}); raise "
+                        f"rollout.start_timeout_s if it only needs longer. The last lines of {self.log_file}:\n"
+                        + "\n".join(self.log_tail())
+                    ) from error
+                if elapsed_s > next_progress_s:
+                    next_progress_s += PROGRESS_INTERVAL_S
+                    last_line = "".join(self.log_tail(1))
+                    log.info(
+                        "Waiting for SGLang, %.0f of %.0f s; its log: %s", elapsed_s, timeout_s, last_line
+                    )
+            else:
+                log.info("SGLang is ready at %s after %.1f s", self.url, time.monotonic() - start)
+                return
+
+
+def find_free_port() -> int:
+    """A TCP port on which nobody listens now."""
+    chooser = random.SystemRandom()  # not the training seed: two jobs would choose the same
+    for port in chooser.sample(PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise EngineError(f"no free TCP port among 100 tried from {PORTS.start} to {PORTS.stop}")
+
+
+def _without_secret(command: list[str], secret: str | None) -> list[str]:
+    return ["***" if secret and word == secret else word for word in command]

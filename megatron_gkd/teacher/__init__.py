@@ -1,0 +1,1 @@
+"""What the teacher says about every row of a batch, whatever runs it."""

@@ -1,0 +1,94 @@
+"""A frozen, headless Megatron model as teacher, in a layout of its own on the student's ranks.
+
+Only hidden states leave it. Its output projection lives as a shard on the student's last stage (``head_VH``), split like
+the student's vocabulary, and meets them in the loss.
+
+Shapes: T = rows that enter the loss, H = the teacher's hidden size, V = vocabulary entries of a student rank.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_gkd.data.sample import Batch, MicroBatch
+from megatron_gkd.models.pipeline import forward_rows
+from megatron_gkd.parallel.groups import Layout, ModelGroups
+from megatron_gkd.parallel.routing import plan_transfers, route_rows, share
+from megatron_gkd.teacher.signal import HiddenSignal
+
+
+class MegatronTeacher:
+    """Scores the rows of a batch that enter the loss.
+
+    Args:
+        model: This rank's part of the headless model, weights loaded.
+        groups: The teacher's layout and process groups.
+        student_layout: Where the rows are needed.
+        student_dp_rank: Copy of the student that this rank belongs to.
+        micro_batch_size: Most sequences in one forward pass.
+        pad_id: Token id behind the end of shorter sequences.
+        device: The device of this rank.
+    """
+
+    def __init__(
+        self,
+        model: GPTModel,
+        groups: ModelGroups,
+        *,
+        student_layout: Layout,
+        student_dp_rank: int,
+        micro_batch_size: int,
+        pad_id: int,
+        device: torch.device,
+    ):
+        self._model = model.eval().requires_grad_(False)
+        self._groups, self._student_layout, self._student_dp_rank = groups, student_layout, student_dp_rank
+        self._micro_batch_size, self._pad_id, self._device = micro_batch_size, pad_id, device
+
+    def score(self, batch: Batch, micro_batches: list[MicroBatch]) -> list[HiddenSignal]:
+        """See ``TeacherEngine.score``."""
+        lengths = [len(sample.completion_ids) for sample in batch.samples]
+        seq_length = micro_batches[0].tokens_BS.shape[1]
+        rows_TH = self._score_own_share(batch, seq_length)
+        layout, config = self._groups.layout, self._model.config
+        received_TH = route_rows(
+            plan_transfers(layout, self._student_layout, len(lengths)),
+            rows_TH,
+            first_sequence=share(len(lengths), self._groups.dp_rank, layout.dp_size)[0],
+            lengths=lengths,
+            hidden_size=config.hidden_size,
+            dtype=config.params_dtype,
+            device=self._device,
+        )
+        if received_TH is None:
+            return []
+        first = share(len(lengths), self._student_dp_rank, self._student_layout.dp_size)[0]
+        return _split(received_TH, micro_batches, lengths, first)
+
+    def _score_own_share(self, batch: Batch, seq_length: int) -> Tensor | None:
+        dp_size = self._groups.layout.dp_size
+        own = batch.micro_batches(
+            min(len(batch.samples) // dp_size, self._micro_batch_size),
+            dp_rank=self._groups.dp_rank,
+            dp_size=dp_size,
+            seq_length=seq_length,
+            pad_id=self._pad_id,
+        )
+        rows = forward_rows(self._model, self._model.config, self._groups, own)
+        return torch.cat(rows) if rows else None
+
+
+def _split(
+    rows_TH: Tensor, micro_batches: Sequence[MicroBatch], lengths: Sequence[int], first: int
+) -> list[HiddenSignal]:
+    # the rows come in batch order; a micro-batch says by ``indices`` which samples it holds
+    offsets = [0]
+    for length in lengths[first:]:
+        offsets.append(offsets[-1] + length)
+    signals = []
+    for micro_batch in micro_batches:
+        blocks = [rows_TH[offsets[i - first] : offsets[i - first + 1]] for i in micro_batch.indices]
+        signals.append(HiddenSignal(torch.cat(blocks)))
+    return signals

@@ -1,0 +1,215 @@
+"""The run: one iteration after the other, strictly on-policy, saved and stopped in order."""
+
+import logging
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from megatron_gkd.checkpoint.store import CheckpointStore
+from megatron_gkd.config import GkdConfig
+from megatron_gkd.config.hf_shapes import load_hf_shapes
+from megatron_gkd.data.prompts import PromptLoader
+from megatron_gkd.data.sample import Batch
+from megatron_gkd.data.tokenizer import Tokenizer
+from megatron_gkd.observability.status import State
+from megatron_gkd.parallel.collectives import any_rank
+from megatron_gkd.rollout.engine import EngineError, RolloutEngine
+from megatron_gkd.teacher.engine import TeacherEngine
+from megatron_gkd.train.build import Student, World, build_student, build_teacher
+from megatron_gkd.train.collect import collect_batch
+from megatron_gkd.train.engines import EngineHost
+from megatron_gkd.train.probe import probe_sequences
+from megatron_gkd.train.records import Records
+from megatron_gkd.train.state import TrainState
+from megatron_gkd.train.step import StepResult, attach_signals, train_step
+
+log = logging.getLogger(__name__)
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message says why and what to look at."""
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGINT, so that the run stops between two iterations."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def listen(self) -> None:
+        """Install the handlers; a second signal of a kind ends the process at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame) -> None:
+        self.signal_name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+
+@dataclass
+class Trainer:
+    """The parts of a run."""
+
+    config: GkdConfig
+    world: World
+    tokenizer: Tokenizer
+    loader: PromptLoader
+    student: Student
+    teacher: TeacherEngine
+    teacher_head_VH: Tensor | None
+    host: EngineHost
+    store: CheckpointStore
+    records: Records
+    state: TrainState = field(default_factory=TrainState)
+    saved_iteration: int | None = None
+
+    def resume(self) -> None:
+        """Continue from the newest valid checkpoint, if the configuration says so and there is one. Collective."""
+        found = self.store.find_newest_valid() if self.config.checkpoint.resume else None
+        if found is None:
+            return
+        stored = self.store.load(found, self.student.model, self.student.optimizer)
+        self.state = TrainState.from_json(stored["train"])
+        self.loader.load_state_dict(stored["loader"])
+        self.saved_iteration = self.state.iteration
+        log.info("Resuming from %s, iteration %d", found, self.state.iteration)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state, unless there is one. Collective."""
+        if self.saved_iteration == self.state.iteration:
+            return
+        stored = {"train": self.state.to_json(), "loader": self.loader.state_dict()}
+        self.store.save(self.state.iteration, self.student.model, self.student.optimizer, stored)
+        self.saved_iteration = self.state.iteration
+
+    def run(self, stop: StopRequest) -> State:
+        """Train until the last iteration or a stop request; returns ``done`` or ``stopped``. Collective.
+
+        Raises:
+            EngineError: The generation engine failed; a checkpoint was saved before.
+            TrainingFailed: Too many updates in a row had gradients that were not finite.
+        """
+        train = self.config.train
+        try:
+            engine = self.connect_engine()
+            self.records.start(self.state.iteration)
+            while self.state.iteration < train.train_iters:
+                if any_rank(stop.signal_name is not None, device=self.world.device):
+                    self.save()
+                    return "stopped"
+                self._iterate(engine)
+                if self._is_save_due():
+                    self.save()
+        except EngineError:
+            # every rank gets here alike: engines raise the same error on all of them
+            self.save()
+            raise
+        self.save()
+        return "done"
+
+    def connect_engine(self) -> RolloutEngine:
+        """The engine, holding the student's present weights. Collective."""
+        engine = self.host.connect(self.student, self.tokenizer)
+        self.host.probe = probe_sequences([prompt.ids for prompt in self.loader.first_prompts(2)])
+        engine.push_weights(self.state.iteration)
+        return engine
+
+    def _iterate(self, engine: RolloutEngine) -> None:
+        timers, state = self.records.timers, self.state
+        with timers("iteration"):
+            with timers("rollout"):
+                batch = self._collect(engine)
+            micro_batches = self._micro_batches(batch)
+            with timers("teacher"):
+                signals = self.teacher.score(batch, micro_batches)
+            with timers("student"):
+                lr = self.student.schedule.set_iteration(state.iteration)
+                scored = attach_signals(batch, micro_batches, signals)
+                result = train_step(self.student, self.teacher_head_VH, scored, self.config.loss)
+            self._advance(batch, result)
+            with timers("push"):
+                self.host.probe = probe_sequences([s.prompt_ids + s.completion_ids for s in batch.samples])
+                engine.push_weights(state.iteration)
+        push = self.host.pusher.last if self.host.pusher else None
+        self.records.finish_iteration(state, batch, result, lr, push)
+
+    def _collect(self, engine: RolloutEngine) -> Batch:
+        config = self.config
+        position = self.loader.state_dict()
+        try:
+            return collect_batch(
+                self.loader,
+                engine,
+                self.state,
+                global_batch_size=config.train.global_batch_size,
+                num_samples=config.rollout.num_samples,
+                lmbda=config.gkd.lmbda,
+                seed=config.train.seed,
+            )
+        except EngineError:
+            self.loader.load_state_dict(position)  # no prompt of the unfinished iteration is lost
+            raise
+
+    def _micro_batches(self, batch: Batch):
+        parallel = [self.config.student.parallel, self.config.teacher.parallel]
+        multiple_of = math.lcm(*(p.tensor_model_parallel_size if p.sequence_parallel else 1 for p in parallel))
+        groups = self.student.groups
+        return batch.micro_batches(
+            self.config.train.micro_batch_size,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.layout.dp_size,
+            seq_length=batch.padded_length(multiple_of),
+            pad_id=self.tokenizer.pad_id,
+        )
+
+    def _advance(self, batch: Batch, result: StepResult) -> None:
+        state = self.state
+        state.iteration += 1
+        state.consumed_samples += len(batch.samples)
+        state.consumed_tokens += batch.num_loss_tokens
+        state.on_policy_tokens += sum(len(s.completion_ids) for s in batch.samples if s.is_on_policy)
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.is_skipped else 0
+        if not result.is_skipped:
+            return
+        state.skipped_updates += 1
+        log.warning("Iteration %d: a gradient is not finite; no rank changed its weights", state.iteration)
+        if state.skipped_in_a_row > self.config.train.max_skipped_updates:
+            raise TrainingFailed(
+                f"{state.skipped_in_a_row} updates in a row had gradients that are not finite; lower optim.lr, check the "
+                "teacher's weights, or raise train.max_skipped_updates"
+            )
+
+    def _is_save_due(self) -> bool:
+        interval = self.config.checkpoint.save_interval
+        return interval > 0 and self.state.iteration % interval == 0
+
+
+def build_trainer(
+    config: GkdConfig, world: World, tokenizer: Tokenizer, loader: PromptLoader, on_host: Callable[[EngineHost], None]
+) -> Trainer:
+    """All parts of a run; a server that the run owns starts first, so that it loads meanwhile. Collective.
+
+    Args:
+        config: Checked configuration.
+        world: This process.
+        tokenizer: The student's tokenizer.
+        loader: The prompts.
+        on_host: Receives the owner of the server before it is launched, so that it can be closed whatever happens next.
+    """
+    host = EngineHost(config, world, load_hf_shapes(config.student.hf_folder))
+    on_host(host)
+    host.launch()
+    student = build_student(config, world)
+    teacher, teacher_head_VH = build_teacher(config, world, student, tokenizer.pad_id)
+    store = CheckpointStore(
+        config.train.output_dir / "checkpoints",
+        hf_files=config.student.hf_folder,
+        groups=student.groups,
+        dtype=student.dtype,
+        device=world.device,
+    )
+    records = Records(config, world, tokenizer)
+    return Trainer(config, world, tokenizer, loader, student, teacher, teacher_head_VH, host, store, records)

@@ -1,0 +1,82 @@
+"""Life of one training process: data before any process group, then the parts, the loop, and an orderly end."""
+
+import logging
+
+import torch.distributed as dist
+
+from megatron_gkd.config import GkdConfig
+from megatron_gkd.data.prompts import PromptLoader
+from megatron_gkd.data.tokenizer import Tokenizer
+from megatron_gkd.observability.status import State
+from megatron_gkd.parallel.groups import init_distributed, init_single_process
+from megatron_gkd.platform.device import Platform
+from megatron_gkd.platform.kernels import detect_kernels
+from megatron_gkd.train.build import build_loader, build_tokenizer, start_world
+from megatron_gkd.train.engines import EngineHost
+from megatron_gkd.train.loop import StopRequest, Trainer, build_trainer
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """One run of the training command in this process.
+
+    Args:
+        config: Checked configuration.
+        platform: The device of this process.
+    """
+
+    def __init__(self, config: GkdConfig, platform: Platform):
+        self._config, self._platform = config, platform
+        self._stop = StopRequest()
+        self._host: EngineHost | None = None
+        self._trainer: Trainer | None = None
+
+    @property
+    def iteration(self) -> int:
+        """Finished iterations."""
+        return self._trainer.state.iteration if self._trainer else 0
+
+    def prepare(self) -> None:
+        """Read the data, join the job, build the parts, resume.
+
+        Raises:
+            ConfigError, DataError, CheckpointError: The input cannot be used; nothing was trained or changed.
+        """
+        self._stop.listen()
+        tokenizer = build_tokenizer(self._config)
+        loader = build_loader(self._config, tokenizer)
+        self._build(tokenizer, loader)
+
+    def train(self) -> State:
+        """Train to the end or to a stop request; returns the final state and writes it to ``status.json``."""
+        assert self._trainer is not None
+        trainer = self._trainer
+        outcome = trainer.run(self._stop)
+        reason = f"stopped by {self._stop.signal_name}" if outcome == "stopped" else "all iterations are done"
+        trainer.records.status(outcome, trainer.state.iteration, reason)
+        dist.barrier()
+        return outcome
+
+    def close(self) -> None:
+        """Stop the server, close the files and leave the job; harmless when called twice."""
+        if self._host is not None:
+            self._host.close()
+        if self._trainer is not None:
+            self._trainer.records.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _build(self, tokenizer: Tokenizer, loader: PromptLoader) -> None:
+        if dist.is_torchelastic_launched():
+            init_distributed(self._platform.collective_backend)
+        else:
+            init_single_process(self._platform.collective_backend)
+        kernels = detect_kernels(on_cpu=self._platform.is_cpu)
+        world = start_world(self._platform, kernels)
+        log.info("%d ranks on %s (%s); %s", world.size, world.device, self._platform.reason, kernels.reason)
+        self._trainer = build_trainer(self._config, world, tokenizer, loader, self._keep_host)
+        self._trainer.resume()
+
+    def _keep_host(self, host: EngineHost) -> None:
+        self._host = host

@@ -1,0 +1,130 @@
+"""One update of the student: Megatron's schedule with the distillation loss on its last stage, then the optimizer.
+
+Shapes: B = sequences of a micro-batch, S = positions, T = rows that enter the loss, H = hidden size, V = vocabulary
+entries of this rank.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_gkd.config.schema import LossConfig
+from megatron_gkd.data.sample import Batch, MicroBatch
+from megatron_gkd.losses import linear_distill_loss
+from megatron_gkd.models.gpt import head_weight, select_rows
+from megatron_gkd.models.pipeline import train_schedule
+from megatron_gkd.optim.optimizer import has_finite_gradients, zero_gradients
+from megatron_gkd.parallel.collectives import any_rank
+from megatron_gkd.teacher.signal import HiddenSignal
+from megatron_gkd.train.build import Student
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoredMicroBatch:
+    """A micro-batch with the teacher's signal (``None`` off the student's last stage) and its on-policy rows."""
+
+    tokens_BS: Tensor
+    position_ids_BS: Tensor
+    loss_mask_BS: Tensor
+    is_on_policy_T: Tensor
+    signal: HiddenSignal | None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an update did.
+
+    Attributes:
+        on_policy_loss_sum: Loss in nats summed over this rank's on-policy tokens; 0 off the last stage.
+        off_policy_loss_sum: The same for the other tokens.
+        grad_norm: Global norm of the gradient before clipping; NaN if the update was skipped.
+        is_skipped: The gradients were not finite on some rank, so no rank changed anything.
+    """
+
+    on_policy_loss_sum: float
+    off_policy_loss_sum: float
+    grad_norm: float
+    is_skipped: bool
+
+
+def attach_signals(
+    batch: Batch, micro_batches: Sequence[MicroBatch], signals: Sequence[HiddenSignal]
+) -> list[ScoredMicroBatch]:
+    """Pair micro-batches with the teacher's signals; ``signals`` is empty off the student's last stage."""
+    scored = []
+    for i, micro_batch in enumerate(micro_batches):
+        samples = [batch.samples[index] for index in micro_batch.indices]
+        flags = [sample.is_on_policy for sample in samples for _ in sample.completion_ids]
+        scored.append(
+            ScoredMicroBatch(
+                micro_batch.tokens_BS,
+                micro_batch.position_ids_BS,
+                micro_batch.loss_mask_BS,
+                torch.tensor(flags, dtype=torch.bool),
+                signals[i] if signals else None,
+            )
+        )
+    return scored
+
+
+def train_step(
+    student: Student, teacher_head_VH: Tensor | None, scored: Sequence[ScoredMicroBatch], config: LossConfig
+) -> StepResult:
+    """Forward, backward and update; collective over all ranks.
+
+    The gradient is that of the loss summed over all completion tokens of the global batch, divided by their number.
+    """
+    zero_gradients(student.ddp, student.optimizer)
+    loss = partial(_distill, student=student, teacher_head_VH=teacher_head_VH, config=config)
+    reports = train_schedule(student.ddp, student.model.config, student.groups, scored, loss)
+    on_policy, off_policy = 0.0, 0.0
+    if reports and student.groups.tp_rank == 0:
+        on_policy, off_policy = torch.stack([report["loss_sums_2"] for report in reports]).sum(0).tolist()
+    device = next(student.model.parameters()).device
+    is_bad = not (has_finite_gradients(student.ddp) and on_policy - on_policy == 0 and off_policy - off_policy == 0)
+    if any_rank(is_bad, device=device):
+        return StepResult(on_policy, off_policy, float("nan"), is_skipped=True)
+    _, grad_norm, _ = student.optimizer.step()
+    return StepResult(on_policy, off_policy, float(grad_norm or 0.0), is_skipped=False)
+
+
+def _distill(
+    hidden_BSH: Tensor,
+    micro_batch: ScoredMicroBatch,
+    *,
+    student: Student,
+    teacher_head_VH: Tensor | None,
+    config: LossConfig,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    assert micro_batch.signal is not None  # the last stage has the teacher's signal
+    assert teacher_head_VH is not None  # and its shard of the teacher's head
+    rows_TH = select_rows(
+        hidden_BSH,
+        micro_batch.loss_mask_BS.to(hidden_BSH.device),
+        sequence_parallel=student.model.config.sequence_parallel,
+        group=student.groups.pg.tp,
+    )
+    # a micro-batch without rows goes through the same graph, so that collectives match on all ranks
+    total, loss_T = linear_distill_loss(
+        rows_TH,
+        head_weight(student.model),
+        micro_batch.signal.rows_TH,
+        teacher_head_VH,
+        divergence=config.divergence,
+        beta=config.beta,
+        temperature=config.temperature,
+        group=student.groups.pg.tp,
+        valid_vocab_size=student.shapes.vocab_size,
+        token_weight_T=torch.ones(rows_TH.shape[0], device=rows_TH.device),
+        tokens_per_chunk=config.tokens_per_chunk,
+    )
+    is_on_policy_T = micro_batch.is_on_policy_T.to(loss_T.device)
+    sums_2 = torch.stack([(loss_T * is_on_policy_T).sum(), (loss_T * ~is_on_policy_T).sum()])
+    num_tokens = torch.tensor(rows_TH.shape[0], dtype=torch.int, device=rows_TH.device)
+    return total, num_tokens, {"loss_sums_2": sums_2.detach()}

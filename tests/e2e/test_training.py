@@ -1,0 +1,160 @@
+"""The training command on two CPU ranks: records, resume, stop, refusal, and a server that dies.
+
+Models are tiny and random; what the command does to a real model is shown by `make quickstart`. Exactness of layouts is in
+tests/distributed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tests.support.launching import ROOT, launch, read_metrics, read_status, train, training_command, write_run_config
+
+VALUES = ("loss", "loss/on_policy", "loss/off_policy", "grad_norm", "lr", "tokens", "tokens/consumed")
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, log_file: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, log_file.read_text()[-5000:]
+        assert time.monotonic() < deadline, log_file.read_text()[-5000:]
+        time.sleep(0.1)
+
+
+def export(checkpoint: Path, out: Path) -> dict:
+    command = [sys.executable, "tools/convert_megatron_to_hf.py", "--checkpoint", str(checkpoint), "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
+    config = write_run_config(tmp_path)
+    whole, parts = tmp_path / "run", tmp_path / "parts"
+    output = train(config)
+    assert read_status(whole) == {"state": "done", "iteration": 4, "reason": "all iterations are done"}
+    assert "iteration 4/4 | loss " in output
+
+    process = launch(config, f"train.output_dir={parts}", log_file=tmp_path / "parts.log")
+    wait_until(lambda: len(read_metrics(parts)) >= 1, process, tmp_path / "parts.log", 200)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it to the ranks
+    process.wait(60)
+    stopped = read_status(parts)
+    assert stopped["state"] == "stopped"
+    assert "SIGTERM" in stopped["reason"]
+    assert 1 <= stopped["iteration"] < 4
+    output = train(config, f"train.output_dir={parts}")
+    assert f"Resuming from {parts}" in output
+    for expected, got in zip(read_metrics(whole), read_metrics(parts), strict=True):
+        assert {key: got[key] for key in VALUES} == {key: expected[key] for key in VALUES}
+    expected = export(whole / "checkpoints" / "iter_0000004", tmp_path / "whole_hf")
+    got = export(parts / "checkpoints" / "iter_0000004", tmp_path / "parts_hf")
+    assert expected.keys() == got.keys()
+    assert all(expected[name].equal(got[name]) for name in expected)
+    check_exported(tmp_path / "whole_hf", tmp_path / "student")
+
+
+def check_exported(folder: Path, student: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(student).get_vocab()
+    before = load_file(student / "model.safetensors")
+    assert all(not before[name].equal(tensor) for name, tensor in load_file(folder / "model.safetensors").items())
+    assert model.num_parameters() == sum(tensor.numel() for tensor in before.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sglang_generates_every_iteration_and_its_death_ends_the_run_in_order(tmp_path):
+    config = write_run_config(tmp_path, rollout={"kind": "sglang", "start_timeout_s": 240, "num_threads": 1})
+    run, log_file = tmp_path / "run", tmp_path / "config.log"
+    process = launch(config, "train.train_iters=1000", log_file=log_file)
+    wait_until(lambda: len(read_metrics(run)) >= 3, process, log_file, 400)
+    check_records(run)
+    killed = kill_server(process)
+    assert killed, "no server process was found"
+    start = time.monotonic()
+    assert process.wait(60) != 0
+    seconds = time.monotonic() - start
+    status = read_status(run)
+    assert status["state"] == "failed"
+    assert "SGLang server" in status["reason"], status
+    assert "sglang.log" in status["reason"], "the message does not say where the log is"
+    assert seconds < 60
+    assert not [p for p in killed if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    iteration = status["iteration"]
+    assert (run / "checkpoints" / f"iter_{iteration:07d}" / "manifest.json").is_file()
+    output = train(config, "rollout={kind: megatron}", f"train.train_iters={iteration + 1}")
+    assert f"iteration {iteration}" in output
+    assert [line["iteration"] for line in read_metrics(run)] == list(range(1, iteration + 2))
+
+
+def check_records(run: Path) -> None:
+    for line in read_metrics(run):
+        assert line["lag"] == 0
+        assert line["push/probe_difference"] < 2e-4
+        assert line["rollout/on_policy_share"] == 0.5
+        assert {"time/rollout_s", "time/teacher_s", "time/student_s", "time/push_s", "memory/peak_gib"} <= line.keys()
+    schema = json.loads((run / "metrics_schema.json").read_text())
+    assert read_metrics(run)[0].keys() - {"iteration"} == schema.keys()
+    assert all(entry["unit"] and entry["reduce"] for entry in schema.values())
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert {"prompt", "completion", "is_on_policy", "weight_version", "finish_reason"} <= samples[0].keys()
+    written = [sample for sample in samples if sample["is_on_policy"]]
+    assert all(sample["weight_version"] == sample["iteration"] - 1 for sample in written)
+    assert list((run / "tensorboard").iterdir())
+    assert (run / "config.yaml").is_file()
+
+
+def kill_server(process: subprocess.Popen) -> list[psutil.Process]:
+    """kill -9 SGLang's processes below ``process``, not the one that guards them."""
+    servers = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if "sglang.launch_server" in p.cmdline() and "guard.py" not in " ".join(p.cmdline())
+    ]
+    for server in servers:
+        server.kill()
+    return servers
+
+
+def test_a_mistake_is_refused_before_any_rank_talks_to_another(tmp_path):
+    config = write_run_config(tmp_path)
+    command = [sys.executable, str(ROOT / "launch" / "pretrain_gkd.py"), "--config", str(config)]
+    wrong = [*command, "train.train_iters=ten", "los.beta=0.5", "--check"]
+    result = subprocess.run(wrong, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "train.train_iters" in result.stderr
+    assert "did you mean 'loss'" in result.stderr
+    result = subprocess.run([*command, "--check", "--world-size", "3"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "tensor_model_parallel_size=2" in result.stderr
+    result = subprocess.run([*command, "--check", "--world-size", "2"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_unusable_prompts_are_refused_with_their_line_and_noted_in_the_status(tmp_path):
+    config = write_run_config(tmp_path)
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write('{"prompt": 7}\n')
+    result = subprocess.run(
+        training_command(config), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode != 0
+    assert "refused: " in result.stderr
+    assert "prompts.jsonl:21" in result.stderr
+    status = read_status(tmp_path / "run")
+    assert status["state"] == "refused"
+    assert "prompts.jsonl:21" in status["reason"]

@@ -1,0 +1,46 @@
+"""Count what a piece of code allocates and communicates, operation by operation."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class Counts:
+    """What ran inside ``counted``."""
+
+    collectives: list[tuple[str, int]] = field(
+        default_factory=list
+    )  # (name, bytes that this rank contributes)
+    largest_allocation: int = 0  # elements of the largest storage that an operation returned and no input had
+    total_allocated: int = 0  # elements
+
+
+class counted(TorchDispatchMode):
+    """``with counted() as counts``: collectives and new storages of everything that runs, autograd included."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counts()
+
+    def __enter__(self) -> Counts:
+        super().__enter__()
+        return self.counts
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func.namespace == "c10d":
+            sent = min((tensor.nbytes for tensor in inputs), default=0)
+            self.counts.collectives.append((func.overloadpacket.__name__, sent))
+            return func(*args, **kwargs)
+        known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in known:
+                elements = leaf.untyped_storage().nbytes() // leaf.element_size()
+                self.counts.largest_allocation = max(self.counts.largest_allocation, elements)
+                self.counts.total_allocated += elements
+        return result

@@ -1,0 +1,84 @@
+"""Distillation in one process with transformers, a dense loss and torch's AdamW, all in float64; for the parent process.
+
+Shapes: T = tokens, V = vocabulary entries.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_gkd.data.sample import Batch
+from tests.support.dense_losses import dense_divergence
+from tests.support.hf_reference import load_hf_model
+
+
+class Recipe(NamedTuple):
+    """Plain numbers of the optimizer and the loss."""
+
+    divergence: str
+    beta: float
+    temperature: float
+    lr: float
+    min_lr: float
+    warmup_iters: int
+    train_iters: int
+    weight_decay: float
+    clip_grad: float
+
+    def lr_at(self, iteration: int) -> float:
+        """Linear warm-up, then half a cosine from lr to min_lr, reached one iteration after the last."""
+        step = iteration + 1
+        if step <= self.warmup_iters:
+            return self.lr * step / self.warmup_iters
+        progress = (step - self.warmup_iters) / (self.train_iters + 1 - self.warmup_iters)
+        return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Outcome(NamedTuple):
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, Tensor]
+
+
+def train_reference(student: Path, teacher: Path, batches: list[Batch], recipe: Recipe) -> Outcome:
+    """One update per batch: the loss summed over completion tokens, divided by their number in the whole batch."""
+    model, judge = load_hf_model(student), load_hf_model(teacher)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]  # norms and biases are not decayed
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), eps=1e-8)
+    losses, norms = [], []
+    for iteration, batch in enumerate(batches):
+        loss = _batch_loss(model, judge, batch, recipe)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        if recipe.clip_grad and norm > recipe.clip_grad:
+            for p in model.parameters():
+                p.grad *= recipe.clip_grad / norm
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr_at(iteration)
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    tied = model.config.tie_word_embeddings
+    weights = {k: v.detach() for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
+    return Outcome(losses, norms, weights)
+
+
+def _batch_loss(model: Any, judge: Any, batch: Batch, recipe: Recipe) -> Tensor:
+    total, num_tokens = torch.zeros((), dtype=torch.float64), 0
+    for sample in batch.samples:
+        ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
+        rows = slice(len(sample.prompt_ids) - 1, ids.shape[1] - 1)
+        student_TV = model(ids).logits[0, rows]
+        with torch.no_grad():
+            teacher_TV = judge(ids).logits[0, rows]
+        total = total + dense_divergence(
+            student_TV, teacher_TV, recipe.divergence, beta=recipe.beta, temperature=recipe.temperature
+        ).sum()
+        num_tokens += len(sample.completion_ids)
+    return total / num_tokens

@@ -1,0 +1,87 @@
+"""Configurations of small runs, and the parts of a run in the ranks of the pool."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_gkd.data.sample import Batch, Sample
+from tests.support.on_ranks import Split, no_kernels
+from tests.support.tiny_models import EOS_ID, PAD_ID, write_prompts
+
+
+def write_config(
+    folder: Path, student: Path, teacher: Path, *, split: Split = Split(), teacher_split: Split = Split(), **sections: Any
+) -> Path:
+    """A YAML file for models on fp32 ranks; ``sections`` are merged key by key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tree: dict[str, Any] = {
+        "student": {"hf": str(student), "parallel": _parallel(split)},
+        "teacher": {"hf": str(teacher), "parallel": _parallel(teacher_split), "micro_batch_size": 2},
+        "rollout": {"kind": "megatron", "max_new_tokens": 16},
+        "data": {"prompts": str(write_prompts(folder / "prompts.jsonl")), "max_prompt_length": 48},
+        "train": {
+            "train_iters": 5,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "output_dir": str(folder / "run"),
+            "precision": "fp32",
+        },
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    file = folder / f"{split}.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def make_batch(seed: int, lengths: tuple[tuple[int, int], ...]) -> Batch:
+    """Random samples of (prompt, completion) lengths; every other one on-policy."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for row, (prompt, completion) in enumerate(lengths):
+        ids = torch.randint(250, (prompt + completion,), generator=generator).tolist()
+        ids[prompt + completion - 1] = EOS_ID
+        samples.append(Sample(row, 0, tuple(ids[:prompt]), tuple(ids[prompt:]), row % 2 == 0, "stop", 0))
+    return Batch(tuple(samples))
+
+
+def make_world(rank: int, world_size: int) -> Any:
+    import torch
+
+    from megatron_gkd.platform.device import Platform
+    from megatron_gkd.train.build import World
+
+    return World(Platform(torch.device("cpu"), "gloo", "test"), no_kernels(), rank, world_size)
+
+
+def update(student: Any, teacher: Any, head_VH: Any, batch: Batch, iteration: int, config: Any) -> tuple[Any, float]:
+    """One iteration without rollout: (result of the step, mean loss over the completion tokens of all ranks)."""
+    import torch
+
+    from megatron_gkd.parallel.collectives import reduce_values
+    from megatron_gkd.train.step import attach_signals, train_step
+
+    micro_batches = batch.micro_batches(
+        config.train.micro_batch_size,
+        dp_rank=student.groups.dp_rank,
+        dp_size=student.groups.layout.dp_size,
+        seq_length=batch.padded_length(2),
+        pad_id=PAD_ID,
+    )
+    student.schedule.set_iteration(iteration)
+    signals = teacher.score(batch, micro_batches)
+    result = train_step(student, head_VH, attach_signals(batch, micro_batches, signals), config.loss)
+    own = result.on_policy_loss_sum + result.off_policy_loss_sum
+    total = reduce_values([own], ["sum"], device=torch.device("cpu"))[0]
+    return result, total / batch.num_loss_tokens
+
+
+def _parallel(split: Split) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": split.tp,
+        "pipeline_model_parallel_size": split.pp,
+        "sequence_parallel": split.sequence_parallel,
+    }

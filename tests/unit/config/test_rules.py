@@ -1,0 +1,105 @@
+"""Rules between sections, against config.json and against the number of ranks; which models are supported:
+test_hf_shapes.py."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_gkd.config import ConfigError, load_config
+from tests.unit.config.conftest import write_hf_config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.num_samples=3"], "train.global_batch_size=8 is not a multiple of rollout.num_samples=3"),
+        (["optim.warmup_iters=3"], "optim.warmup_iters=3 is above train.train_iters=2"),
+        (["data.prompts=nowhere.jsonl"], "data.prompts='nowhere.jsonl': no such file"),
+        (["student.hf=nowhere"], "student.hf='nowhere': no such folder"),
+        (["student.hf=null", "student.checkpoint=nowhere"], "student.checkpoint='nowhere': no such folder"),
+        (["student.parallel.tensor_model_parallel_size=4"], "does not divide the model's 2 key-value heads"),
+        (["teacher.parallel.tensor_model_parallel_size=3"], "does not divide the model's 4 attention heads"),
+        (["teacher.parallel.pipeline_model_parallel_size=3"], "does not divide the model's 4 layers"),
+        (["data.max_prompt_length=900"], r"= 1156 tokens, but the student was made for 1024"),
+        (["rollout.tensor_model_parallel_size=3"], "does not divide the student's 4 attention heads"),
+    ],
+)
+def test_a_broken_rule_is_named_with_its_numbers(config_file, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file, overrides)
+
+
+def test_rules_are_reported_together(config_file):
+    with pytest.raises(ConfigError, match="4 problems") as caught:
+        load_config(config_file, ["rollout.num_samples=3", "data.prompts=a", "student.hf=b", "teacher.hf=c"])
+    assert str(caught.value).count("\n") == 4
+
+
+def test_different_vocabularies_are_refused(config_file, tmp_path):
+    write_hf_config(tmp_path / "teacher", vocab_size=1004)
+    with pytest.raises(
+        ConfigError, match=r"vocab_size=1003 and the teacher .*vocab_size=1004; both must use the same"
+    ):
+        load_config(config_file)
+
+
+def test_a_folder_without_config_json_is_refused(config_file, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"is not a Hugging Face model: .*config\.json is missing"):
+        load_config(config_file, [f"student.hf={tmp_path / 'empty'}"])
+
+
+def test_an_unsupported_model_is_named_by_its_key_and_file(config_file, tmp_path):
+    write_hf_config(tmp_path / "teacher", model_type="gemma")
+    with pytest.raises(
+        ConfigError, match=r"teacher\.hf=.*config\.json:\n.*model_type='gemma'; supported: llama"
+    ):
+        load_config(config_file)
+
+
+def test_a_checkpoint_keeps_its_hugging_face_files_in_hf(config_file, tmp_path):
+    write_hf_config(tmp_path / "checkpoint" / "hf")
+    config = load_config(config_file, ["student.hf=null", f"student.checkpoint={tmp_path / 'checkpoint'}"])
+    assert config.student.hf_folder == tmp_path / "checkpoint" / "hf"
+    assert load_config(config_file).student.hf_folder == Path(tmp_path / "student")
+
+
+PARALLEL = [
+    "student.parallel.tensor_model_parallel_size=2",
+    "teacher.parallel.pipeline_model_parallel_size=4",
+]
+
+
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_fitting_numbers_of_ranks_are_accepted(config_file, world_size):
+    load_config(config_file, PARALLEL).check_world(world_size)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "messages"),
+    [
+        (PARALLEL, 6, ["teacher.parallel: one copy takes", "4 ranks, which does not divide the 6 ranks"]),
+        (
+            PARALLEL,
+            1,
+            ["= 2 ranks, which does not divide the 1 ranks", "= 4 ranks, which does not divide the 1 ranks"],
+        ),
+        (PARALLEL, 0, ["= 2 ranks", "= 4 ranks"]),
+        (
+            ["train.micro_batch_size=3"],
+            1,
+            ["micro_batch_size=3 x 1 copies of the student; use a multiple of 3"],
+        ),
+        (
+            ["train.global_batch_size=2"],
+            4,
+            ["micro_batch_size=1 x 4 copies of the student", "divisible by 4 copies of the teacher"],
+        ),
+    ],
+)
+def test_all_problems_with_the_number_of_ranks_are_named(config_file, overrides, world_size, messages):
+    config = load_config(config_file, overrides)
+    with pytest.raises(ConfigError) as caught:
+        config.check_world(world_size)
+    for message in messages:
+        assert message in str(caught.value)

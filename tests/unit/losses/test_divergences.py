@@ -1,0 +1,86 @@
+"""The divergences as pure functions.
+
+Not covered here: gradients with respect to logits and split vocabularies (test_distill_loss.py, tests/distributed).
+"""
+
+import math
+
+import pytest
+import torch
+
+from megatron_gkd.losses import DIVERGENCES
+from megatron_gkd.losses.divergences import WeightedKL, make_divergence
+from tests.support.dense_losses import dense_divergence
+from tests.support.loss_cases import make_logits
+
+PARAMETERS = {"beta": 0.3, "alpha": 0.1, "weight": 0.4}
+
+
+def make_log_probs():
+    student, teacher = make_logits(tokens=6, vocab=40)
+    return teacher.log_softmax(-1), student.log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_entries_add_up_to_the_textbook_divergence(name):
+    log_p, log_q = make_log_probs()
+    value, _ = make_divergence(name, **PARAMETERS)(log_p, log_q)
+    torch.testing.assert_close(value.sum(-1), dense_divergence(log_q, log_p, name, beta=0.3))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_r_is_the_derivative_of_the_value_up_to_a_multiple_of_q(name):
+    log_p, log_q = make_log_probs()
+    _value, r = make_divergence(name, **PARAMETERS)(log_p, log_q)
+    step = 1e-6
+    moved, _ = make_divergence(name, **PARAMETERS)(log_p, log_q + step)
+    before, _ = make_divergence(name, **PARAMETERS)(log_p, log_q - step)
+    difference = (moved - before) / (2 * step) - r
+    multiple = (difference / log_q.exp()).mean(-1, keepdim=True)
+    torch.testing.assert_close(difference, multiple * log_q.exp(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_entries_of_equal_models_are_exactly_zero_in_value(name):
+    log_p = torch.randn(4, 100).log_softmax(-1)
+    value, _ = make_divergence(name, **PARAMETERS)(log_p, log_p.clone())
+    assert value.eq(0).all()
+
+
+def test_jsd_keeps_its_accuracy_for_almost_equal_models():
+    log_q = torch.randn(4, 100, dtype=torch.float64).log_softmax(-1)
+    log_p = (log_q + 1e-5 * torch.randn(4, 100, dtype=torch.float64)).log_softmax(-1)
+    value, r = make_divergence("jsd", 0.5, 0, 0)(log_p, log_q)
+    d = log_p - log_q  # second order: JSD = sum q d^2 / 8, r = -q d / 4 up to a relative d
+    torch.testing.assert_close(value.sum(-1), (log_q.exp() * d**2 / 8).sum(-1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(r, -log_q.exp() * d / 4, rtol=1e-4, atol=0)
+
+
+def test_jsd_at_its_end_points_is_forward_and_reverse_kl():
+    assert make_divergence("jsd", 0.0, 0, 0) == make_divergence("forward_kl", 0, 0, 0) == WeightedKL(1.0, 0.0)
+    assert make_divergence("jsd", 1.0, 0, 0) == make_divergence("reverse_kl", 0, 0, 0) == WeightedKL(0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_an_entry_that_both_exclude_contributes_nothing(name):
+    log_p = torch.tensor([[math.log(0.5), math.log(0.5), -math.inf]])
+    log_q = torch.tensor([[math.log(0.9), math.log(0.1), -math.inf]])
+    value, r = make_divergence(name, **PARAMETERS)(log_p, log_q)
+    assert value[0, 2] == 0
+    assert r[0, 2] == 0
+    assert value.isfinite().all()
+    assert r.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "beta", "message"),
+    [("kl", 0.5, "one of forward_kl, reverse_kl, jsd"), ("jsd", 1.5, r"beta in \[0, 1\], got 1.5")],
+)
+def test_a_wrong_name_or_parameter_is_named_with_the_fix(name, beta, message):
+    with pytest.raises(ValueError, match=message):
+        make_divergence(name, beta, 0.1, 0.5)
+
+
+def test_a_weighted_kl_without_a_direction_is_refused():
+    with pytest.raises(ValueError, match="at least one direction"):
+        WeightedKL(0.0, 0.0)
