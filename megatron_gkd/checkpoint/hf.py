@@ -39,7 +39,9 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def convert_hf_to_megatron(hf: Path, out: Path, groups: ModelGroups, kernels: Kernels, device: torch.device) -> None:
+def convert_hf_to_megatron(
+    hf: Path, out: Path, groups: ModelGroups, kernels: Kernels, device: torch.device
+) -> None:
     """Write a folder that ``student.checkpoint`` and ``teacher.checkpoint`` accept. For a job of one rank.
 
     Raises:
@@ -93,7 +95,9 @@ def convert_megatron_to_hf(
     log.info("Wrote %s in %.1f s", out, time.perf_counter() - start)
 
 
-def export_weights(model: GPTModel, file: Path, shapes: HfShapes, groups: ModelGroups, dtype: torch.dtype) -> None:
+def export_weights(
+    model: GPTModel, file: Path, shapes: HfShapes, groups: ModelGroups, dtype: torch.dtype
+) -> None:
     """Write a model in any layout as one safetensors file, each rank its own slices. Collective over the groups' ranks.
 
     Raises:
@@ -112,7 +116,9 @@ def export_weights(model: GPTModel, file: Path, shapes: HfShapes, groups: ModelG
     dist.barrier()
 
 
-def _build(shapes, groups: ModelGroups, kernels: Kernels, dtype: torch.dtype, device: torch.device) -> GPTModel:
+def _build(
+    shapes, groups: ModelGroups, kernels: Kernels, dtype: torch.dtype, device: torch.device
+) -> GPTModel:
     return build_gpt(
         shapes,
         groups,

@@ -38,21 +38,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: There is none, or it is not JSON.
+        CheckpointError: There is none, or it is not a JSON object.
     """
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {MANIFEST}; it is not a complete checkpoint") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / MANIFEST} is not JSON: {error}") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{folder / MANIFEST} holds no object with files")
+    return manifest
 
 
 def find_damage(folder: Path, *, rank: int = 0, num_ranks: int = 1) -> str | None:
     """What is wrong with this rank's share of the files, or ``None``."""
     try:
         files = read_manifest(folder)["files"]
-    except (CheckpointError, KeyError) as error:
+    except CheckpointError as error:
         return str(error)
     for name, expected in list(files.items())[rank::num_ranks]:
         file = folder / name

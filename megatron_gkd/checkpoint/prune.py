@@ -1,8 +1,8 @@
-"""Structured pruning of a Hugging Face checkpoint by measured effect: layers, FFN channels, query groups for TP.
+"""Structured pruning of a Hugging Face checkpoint by measured effect: layers and FFN channels.
 
-Layers are chosen by the KL that their loss causes on text that the model itself wrote; FFN channels are chosen, and
-down projections refitted, by least squares on the activations of the same text (prune_refit.py). Query groups are
-only added, never cut, and change nothing at first.
+Layers are chosen by the KL that their loss causes on text that the model itself wrote; FFN channels are
+chosen, and down projections refitted, by least squares on the activations of the same text (prune_refit.py).
+Query groups are only added, for tensor parallelism, never cut, and change nothing at first.
 """
 
 import copy
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_gkd.checkpoint.prune_measure import CalibrationRow, Text, mean_kl, measure_blocks
-from megatron_gkd.checkpoint.prune_refit import add_query_groups, refit_student
+from megatron_gkd.checkpoint.prune_refit import add_query_groups, cut_student
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ REPORT_FILE = "pruning_report.json"
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What was cut and what it did; KL is KL(teacher || student) in nats per completion token of the calibration."""
+    """What was cut and what it did; KL is KL(teacher || student) in nats per completion token of the text."""
 
     dropped_layers: tuple[int, ...]
     num_layers: int
@@ -40,7 +40,7 @@ class PruningReport:
     calibration_tokens: int
     kl_by_first_dropped_layer: dict[int, float]
     """Without refit, for each block of layers that was tried."""
-    kl_refitted: float
+    kl: float
     added_groups_logit_difference: float
     """Largest difference that the added query groups made to the logits of one row; rounding only."""
 
@@ -55,6 +55,7 @@ def prune_checkpoint(
     tp_size: int = 1,
     num_layers: int | None = None,
     ffn_hidden_size: int | None = None,
+    refits: bool = True,
 ) -> PruningReport:
     """Write a smaller student with the tokenizer of its teacher, and ``pruning_report.json`` beside it.
 
@@ -66,36 +67,37 @@ def prune_checkpoint(
         tp_size: Heads, query groups and FFN channels become divisible by it.
         num_layers: Layers of the student; default: all.
         ffn_hidden_size: FFN channels of the student; default: as many as ``keep_ratio`` leaves room for.
+        refits: Fit what remains to the teacher by least squares; otherwise it keeps the teacher's weights.
 
     Raises:
         ValueError: The sizes asked for do not fit ``keep_ratio`` or ``tp_size``, or there is too little text.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    teacher = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    teacher: Any = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
     config = teacher.config
-    num_layers = config.num_hidden_layers if num_layers is None else num_layers
-    ffn = ffn_hidden_size or fit_ffn(config, keep_ratio, num_layers, tp_size)
-    check_shape(config, keep_ratio, num_layers, ffn, tp_size)
+    layers: int = config.num_hidden_layers if num_layers is None else num_layers
+    ffn = ffn_hidden_size or fit_ffn(config, keep_ratio, layers, tp_size)
+    check_shape(config, keep_ratio, layers, ffn, tp_size)
     text = Text.of(rows)
-    if text.num_tokens <= ffn:
+    if refits and text.num_tokens <= ffn:
         raise ValueError(
             f"{text.num_tokens} calibration tokens cannot fit {ffn} FFN channels; give more text"
         )
 
-    num_dropped = config.num_hidden_layers - num_layers
+    num_dropped = config.num_hidden_layers - layers
     tried = measure_blocks(teacher, text, num_dropped)
     first = min(tried, key=tried.__getitem__) if tried else 0
     dropped = tuple(range(first, first + num_dropped))
-    student = refit_student(teacher, student_config(config, dropped, ffn), text, dropped)
+    student = cut_student(teacher, student_config(config, dropped, ffn), text, dropped, refits=refits)
     kl = mean_kl(teacher, student, text)
-    log.info("Refitted without layers %s, with %d FFN channels: KL %.3f nats/token", list(dropped), ffn, kl)
+    log.info("Without layers %s, with %d FFN channels: KL %.3f nats/token", list(dropped), ffn, kl)
     padded = add_query_groups(student, student_config(config, dropped, ffn, padded_heads(config, tp_size)))
     probe = text.batches[0][:1]
     difference = (padded(probe).logits - student(probe).logits).abs().max().item()
     report = PruningReport(
         dropped_layers=dropped,
-        num_layers=num_layers,
+        num_layers=layers,
         ffn_hidden_size=ffn,
         num_attention_heads=padded.config.num_attention_heads,
         num_query_groups=padded.config.num_key_value_heads,
@@ -103,7 +105,7 @@ def prune_checkpoint(
         kept_ratio=padded.num_parameters() / teacher.num_parameters(),
         calibration_tokens=text.num_tokens,
         kl_by_first_dropped_layer=tried,
-        kl_refitted=kl,
+        kl=kl,
         added_groups_logit_difference=difference,
     )
     padded.save_pretrained(out)
@@ -121,7 +123,7 @@ def padded_heads(config: Any, tp_size: int) -> tuple[int, int]:
 def student_config(
     config: Any, dropped: Sequence[int], ffn: int, heads: tuple[int, int] | None = None
 ) -> Any:
-    """The teacher's configuration without the dropped layers, with other sizes; `heads`: attention heads and query groups."""
+    """The teacher's configuration without the dropped layers; `heads`: attention heads and query groups."""
     changed = copy.deepcopy(config)
     kept = [index for index in range(config.num_hidden_layers) if index not in set(dropped)]
     # Explicit, because with more heads hidden_size / num_attention_heads no longer gives it.
@@ -143,7 +145,7 @@ def count_parameters(config: Any) -> int:
 
 
 def fit_ffn(config: Any, keep_ratio: float, num_layers: int, tp_size: int) -> int:
-    """Most FFN channels (a multiple of 16 and of ``tp_size``, at most the teacher's) that ``keep_ratio`` leaves room for.
+    """Most FFN channels that ``keep_ratio`` leaves room for, a multiple of 16 and of ``tp_size``.
 
     Raises:
         ValueError: There is room for none.
@@ -156,7 +158,7 @@ def fit_ffn(config: Any, keep_ratio: float, num_layers: int, tp_size: int) -> in
     ffn = min(config.intermediate_size, step + int(room // (3 * config.hidden_size * num_layers)))
     if ffn < step:
         raise ValueError(
-            f"keep_ratio {keep_ratio} leaves no room for FFN channels in {num_layers} layers; keep fewer layers"
+            f"keep_ratio {keep_ratio} leaves no room for FFN channels; keep fewer than {num_layers} layers"
         )
     return ffn // step * step
 
@@ -181,5 +183,5 @@ def check_shape(config: Any, keep_ratio: float, num_layers: int, ffn: int, tp_si
     if num_parameters > keep_ratio * teacher_parameters:
         raise ValueError(
             f"{num_layers} layers with {ffn} FFN channels are {num_parameters:,} parameters, "
-            f"{num_parameters / teacher_parameters:.1%} of the teacher and more than {keep_ratio:.1%}; keep fewer"
+            f"{num_parameters / teacher_parameters:.1%} of the teacher, more than {keep_ratio:.1%}; keep fewer"
         )

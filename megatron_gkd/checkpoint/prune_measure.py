@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Text:
         return torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)])
 
 
-def measure_blocks(teacher: nn.Module, text: Text, num_dropped: int) -> dict[int, float]:
+def measure_blocks(teacher: Any, text: Text, num_dropped: int) -> dict[int, float]:
     """KL(teacher || teacher without layers [first, first + num_dropped)) for every place of the block."""
     if num_dropped == 0:
         return {}
@@ -84,10 +84,10 @@ def measure_blocks(teacher: nn.Module, text: Text, num_dropped: int) -> dict[int
     return tried
 
 
-def mean_kl(teacher: nn.Module, student: nn.Module, text: Text) -> float:
+def mean_kl(teacher: Any, student: Any, text: Text) -> float:
     """KL(teacher || student), mean over the completion tokens, in nats."""
 
-    def final(model: nn.Module) -> tuple[Tensor, Tensor]:
+    def final(model: Any) -> tuple[Tensor, Tensor]:
         hidden = [model.base_model(batch, use_cache=False).last_hidden_state for batch in text.batches]
         return text.pack(hidden, text.is_scored), model.get_output_embeddings().weight
 
@@ -95,7 +95,7 @@ def mean_kl(teacher: nn.Module, student: nn.Module, text: Text) -> float:
 
 
 def kl(teacher_TH: Tensor, teacher_head_VH: Tensor, student_TH: Tensor, student_head_VH: Tensor) -> float:
-    """KL(teacher || student), mean over tokens in nats, from final hidden states and output layers; logits in chunks."""
+    """KL(teacher || student), mean over tokens in nats; the logits exist in chunks only."""
     total = 0.0
     for start in range(0, teacher_TH.shape[0], TOKENS_PER_CHUNK):
         chunk = slice(start, start + TOKENS_PER_CHUNK)
@@ -106,7 +106,7 @@ def kl(teacher_TH: Tensor, teacher_head_VH: Tensor, student_TH: Tensor, student_
 
 
 @contextmanager
-def other_layers(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+def other_layers(model: Any, layers: Sequence[Any]) -> Iterator[None]:
     """The model with other layers, so that masks and rotary embeddings stay its own business."""
     whole = model.base_model.layers
     model.base_model.layers = nn.ModuleList(layers)
@@ -116,13 +116,13 @@ def other_layers(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None
         model.base_model.layers = whole
 
 
-def run_layers(model: nn.Module, layers: Sequence[nn.Module], hidden_BSH: Tensor) -> Tensor:
+def run_layers(model: Any, layers: Sequence[Any], hidden_BSH: Tensor) -> Tensor:
     """[B, S, H] after these layers and the final norm."""
     with other_layers(model, layers):
         return model.base_model(inputs_embeds=hidden_BSH, use_cache=False).last_hidden_state
 
 
-def run_layer(model: nn.Module, layer: nn.Module, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:
+def run_layer(model: Any, layer: Any, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:
     """FFN activations [B, S, F] (what the down projection reads) and output [B, S, H] of one layer."""
     seen: list[Tensor] = []
 

@@ -47,11 +47,15 @@ class CheckpointStore:
         device: The device of this rank.
     """
 
-    def __init__(self, folder: Path, *, hf_files: Path, groups: ModelGroups, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, folder: Path, *, hf_files: Path, groups: ModelGroups, dtype: torch.dtype, device: torch.device
+    ):
         self._folder, self._hf_files = folder, hf_files
         self._groups, self._dtype, self._device = groups, dtype, device
 
-    def save(self, iteration: int, model: GPTModel, optimizer: MegatronOptimizer, state: dict[str, Any]) -> Path:
+    def save(
+        self, iteration: int, model: GPTModel, optimizer: MegatronOptimizer, state: dict[str, Any]
+    ) -> Path:
         """Write ``iter_<iteration>``; an existing one of that name is replaced. Collective over all ranks."""
         start = time.perf_counter()
         final = self._folder / f"iter_{iteration:07d}"
@@ -97,7 +101,9 @@ class CheckpointStore:
         result = model.load_state_dict(loaded["model"], strict=False)
         missing = [name for name in result.missing_keys if "_extra_state" not in name]
         if missing or result.unexpected_keys:
-            raise CheckpointError(f"{folder} does not fit the student: missing {missing}, extra {result.unexpected_keys}")
+            raise CheckpointError(
+                f"{folder} does not fit the student: missing {missing}, extra {result.unexpected_keys}"
+            )
         optimizer.load_state_dict(loaded["optimizer"])
         if same_layout:
             _set_rng_state(loaded[_RNG])

@@ -14,6 +14,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_gkd.checkpoint.integrity import CheckpointError, check_everywhere, read_manifest
@@ -62,9 +63,11 @@ def load_weights(
         ValueError: A Hugging Face folder lacks a tensor.
     """
     if source.is_checkpoint:
-        _load_checkpoint(model, source.folder, groups, device)
+        _load_checkpoint(model, source.folder, groups, device, is_headless)
         return
-    padded = padded_vocab_size(shapes.vocab_size, divisible_by=vocab_divisible_by, tp_size=groups.layout.tp_size)
+    padded = padded_vocab_size(
+        shapes.vocab_size, divisible_by=vocab_divisible_by, tp_size=groups.layout.tp_size
+    )
     parameters = dict(model.named_parameters())
     slices = rank_slices(
         WeightLayout(shapes, groups.layout, padded),
@@ -116,21 +119,34 @@ def load_head(
         start, stop = tp_rank * rows, min((tp_rank + 1) * rows, shapes.vocab_size)
         if start < stop:
             name = "model.embed_tokens.weight" if shapes.tied else "lm_head.weight"
-            head_VH[: stop - start] = HfFolder(source.folder).read(name, ((start, stop), (0, shapes.hidden_size)))
+            head_VH[: stop - start] = HfFolder(source.folder).read(
+                name, ((start, stop), (0, shapes.hidden_size))
+            )
     return head_VH.to(device) if is_needed else None
 
 
-def _load_checkpoint(model: GPTModel, folder: Path, groups: ModelGroups, device: torch.device) -> None:
+def _load_checkpoint(
+    model: GPTModel, folder: Path, groups: ModelGroups, device: torch.device, is_headless: bool
+) -> None:
     # dist_checkpointing unpickles its metadata: open nothing whose manifest does not match
     if damage := check_everywhere(folder, device=device):
         raise CheckpointError(f"{folder} cannot be loaded: {damage}")
-    wanted = model.sharded_state_dict(metadata={"dp_cp_group": groups.pg.dp_cp})
+    metadata = {"dp_cp_group": groups.pg.dp_cp}
+    if is_headless:
+        # GPTModel's own method asks for the weight of an output layer; its base class takes the modules as they are
+        wanted = MegatronModule.sharded_state_dict(model, metadata=metadata)
+    else:
+        wanted = model.sharded_state_dict(metadata=metadata)
     state: Any = dist_checkpointing.load(wanted, str(folder / WEIGHTS))
-    weights = {name: value for name, value in state.items() if name in wanted}  # a run's has optimizer facts beside
+    weights = {
+        name: value for name, value in state.items() if name in wanted
+    }  # a run's has optimizer facts beside
     result = model.load_state_dict(weights, strict=False)
     missing = [name for name in result.missing_keys if "_extra_state" not in name]
     if missing or result.unexpected_keys:
-        raise CheckpointError(f"{folder} does not fit the model: missing {missing}, unexpected {result.unexpected_keys}")
+        raise CheckpointError(
+            f"{folder} does not fit the model: missing {missing}, unexpected {result.unexpected_keys}"
+        )
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -15,7 +15,9 @@ def main_hf_to_megatron(argv: Sequence[str] | None = None) -> int:
         description="Write a Megatron checkpoint from a Hugging Face folder (llama, qwen2, qwen3; safetensors). "
         "The result loads into any tensor- and pipeline-parallel layout."
     )
-    parser.add_argument("--hf", type=Path, required=True, help="folder with config.json, *.safetensors and the tokenizer")
+    parser.add_argument(
+        "--hf", type=Path, required=True, help="folder with config.json, *.safetensors and the tokenizer"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     options = parser.parse_args(argv)
 

@@ -43,11 +43,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="YAML file; may be given several times, later files win",
     )
-    parser.add_argument("--check", action="store_true", help="check the configuration and exit; needs no torch")
+    parser.add_argument(
+        "--check", action="store_true", help="check the configuration and exit; needs no torch"
+    )
     parser.add_argument(
         "--world-size", type=int, default=None, metavar="N", help="with --check: number of ranks to check for"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, e.g. loss.beta=0.1")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="overrides, e.g. loss.beta=0.1"
+    )
     options = parser.parse_args(argv)
     if options.world_size is not None and not options.check:
         parser.error("--world-size goes with --check; a run takes its size from torchrun")
@@ -112,7 +116,6 @@ def _write_status(config: GkdConfig, state: Any, iteration: int, reason: str) ->
 
     config.train.output_dir.mkdir(parents=True, exist_ok=True)
     StatusFile(config.train.output_dir).write(state, iteration, reason)
-
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ CALIBRATION_TOKENS = 8192
 def main(argv: Sequence[str] | None = None) -> int:
     """``tools/prune_hf.py``."""
     parser = argparse.ArgumentParser(
-        description="Write a smaller student from a Hugging Face folder (llama, qwen2, qwen3): layers and FFN channels "
-        "dropped by measured effect, what remains refitted, query groups filled up for tensor parallelism."
+        description="Write a smaller student from a Hugging Face folder (llama, qwen2, qwen3): layers and FFN "
+        "channels dropped by measured effect, the rest refitted, query groups filled up for tensor parallelism."
     )
     parser.add_argument(
         "--hf", type=Path, required=True, help="the teacher: config.json, *.safetensors and the tokenizer"
@@ -35,6 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--tokens", type=int, default=CALIBRATION_TOKENS, help="calibration tokens, prompts included"
+    )
+    parser.add_argument(
+        "--no-refit",
+        action="store_true",
+        help="keep the teacher's weights in what remains instead of fitting them",
     )
     options = parser.parse_args(argv)
     return run_tool(lambda: _prune(options))
@@ -63,11 +68,13 @@ def _prune(options: argparse.Namespace) -> None:
         tp_size=options.tp,
         num_layers=options.layers,
         ffn_hidden_size=options.ffn,
+        refits=not options.no_refit,
     )
     sys.stdout.write(
-        f"{options.out}: {report.num_parameters / 1e6:.1f} M parameters ({report.kept_ratio:.1%}), {report.num_layers} layers "
-        f"(without {list(report.dropped_layers)}), {report.ffn_hidden_size} FFN channels, {report.num_attention_heads} heads, "
-        f"{report.num_query_groups} query groups; KL {report.kl_refitted:.3f} nats/token on the calibration text\n"
+        f"{options.out}: {report.num_parameters / 1e6:.1f} M parameters ({report.kept_ratio:.1%}), "
+        f"{report.num_layers} layers (without {list(report.dropped_layers)}), "
+        f"{report.ffn_hidden_size} FFN channels, {report.num_attention_heads} heads, "
+        f"{report.num_query_groups} query groups; KL {report.kl:.3f} nats/token on the calibration text\n"
     )
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from megatron_gkd.cli.outcome import run_tool
 from megatron_gkd.config import load_config
 
@@ -24,9 +26,13 @@ PROMPTS = Path("configs/quickstart_prompts.jsonl")
 HELD_OUT = Path("configs/quickstart_held_out.jsonl")
 NUM_RANKS = 2
 KEEP_RATIO = 0.85
-NUM_TRAIN_COMPLETIONS = 192
-MAX_NEW_TOKENS = 32
-HELD_OUT_TOKENS = 32
+NUM_LAYERS = 20
+FFN_CHANNELS = 1536
+PRUNING_TOKENS = 1024
+NUM_TRAIN_COMPLETIONS = 256
+NUM_HELD_OUT = 64
+# the packaged teacher, de-quantised from 4 bits, writes gibberish now and then at temperature 1
+TEMPERATURE = 0.7
 NUM_SHOWN = 4
 SHOWN_TOKENS = 40
 
@@ -83,8 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Distil a pruned SmolLM2-135M from the whole one, on-policy, on this machine; run it in the repository."
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it writes")
-    parser.add_argument("--fresh", action="store_true", help="make teacher, student and data again, even if they are there")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it writes"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="make teacher, student and data again, even if they are there"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changes to configs/quickstart.yaml"
     )
@@ -104,7 +114,9 @@ def _quickstart(folders: Folders, is_fresh: bool, overrides: Sequence[str]) -> N
     log.info("Prepared teacher, student and data in %.0f s", time.monotonic() - started)
     started = time.monotonic()
     _train(folders, overrides)
-    _run_tool_script("convert_megatron_to_hf.py", "--checkpoint", _newest(folders.run), "--out", folders.trained)
+    _run_tool_script(
+        "convert_megatron_to_hf.py", "--checkpoint", _newest(folders.run), "--out", folders.trained
+    )
     result = _judge(folders)
     result["seconds"] = round(time.monotonic() - started, 1)
     (folders.root / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -115,6 +127,8 @@ def _prepare(folders: Folders) -> None:
     from megatron_gkd.cli.quickstart_data import write_smollm2
     from megatron_gkd.report.held_out import write_completions
 
+    # room for the end token that the loader appends, and for text that encodes to a few tokens more
+    max_new_tokens = yaml.safe_load(CONFIG.read_text())["rollout"]["max_new_tokens"] - 4
     folders.root.mkdir(parents=True, exist_ok=True)
     _make(folders.teacher, lambda out: write_smollm2(out))
     _make(
@@ -123,23 +137,31 @@ def _prepare(folders: Folders) -> None:
             folders.teacher,
             _prompts(PROMPTS)[:NUM_TRAIN_COMPLETIONS],
             out,
-            max_new_tokens=MAX_NEW_TOKENS,
-            temperature=1.0,
+            max_new_tokens=max_new_tokens,
+            temperature=TEMPERATURE,
         ),
     )
     _make(
         folders.held_out_data,
-        lambda out: write_completions(folders.teacher, _prompts(HELD_OUT), out, max_new_tokens=HELD_OUT_TOKENS),
+        lambda out: write_completions(
+            folders.teacher,
+            _prompts(HELD_OUT)[:NUM_HELD_OUT],
+            out,
+            max_new_tokens=max_new_tokens,
+            temperature=TEMPERATURE,
+        ),
     )
     _make(
         folders.pruned,
         lambda out: _run_tool_script(
             "prune_hf.py", "--hf", folders.teacher, "--out", out, "--keep-ratio", KEEP_RATIO, "--tp", NUM_RANKS,
-            "--calibration", folders.train_data,
+            "--layers", NUM_LAYERS, "--ffn", FFN_CHANNELS, "--no-refit", "--calibration", folders.train_data, "--tokens", PRUNING_TOKENS,
         ),
     )  # fmt: skip
     for hf, out in ((folders.teacher, folders.megatron_teacher), (folders.pruned, folders.megatron_student)):
-        _make(out, lambda made, hf=hf: _run_tool_script("convert_hf_to_megatron.py", "--hf", hf, "--out", made))
+        _make(
+            out, lambda made, hf=hf: _run_tool_script("convert_hf_to_megatron.py", "--hf", hf, "--out", made)
+        )
 
 
 def _make(target: Path, work: Callable[[Path], object]) -> None:

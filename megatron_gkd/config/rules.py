@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def find_file_problems(config: "GkdConfig") -> list[str]:
     """Problems between sections and with the files they name; needs no world size."""
-    problems = list(_batch_problems(config))
+    problems = [*_batch_problems(config), *_embedded_engine_problems(config)]
     if not config.data.prompts.is_file():
         problems.append(
             f"data.prompts={str(config.data.prompts)!r}: no such file; give a JSONL file of prompts"
@@ -127,6 +127,14 @@ def _vocabulary_problems(config: "GkdConfig", student: HfShapes, teacher: HfShap
             f"the student ({config.student.hf_folder}) has vocab_size={student.vocab_size} and the teacher "
             f"({config.teacher.hf_folder}) vocab_size={teacher.vocab_size}; both must use the same "
             "vocabulary, take models of one family"
+        )
+
+
+def _embedded_engine_problems(config: "GkdConfig") -> Iterator[str]:
+    if config.rollout.kind == "megatron" and config.student.parallel.sequence_parallel:
+        yield (
+            "rollout.kind=megatron generates one token at a time, which student.parallel.sequence_parallel=true cannot split; "
+            "set it to false or use rollout.kind=sglang"
         )
 
 

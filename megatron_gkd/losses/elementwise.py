@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-
 _LOG2_E = math.log2(math.e)
 
 

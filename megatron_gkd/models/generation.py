@@ -79,7 +79,9 @@ def generate(
         model.train(was_training)
 
 
-def _generate(model, groups: ModelGroups, prompts, seeds, rule: SamplingRule, vocab_size: int) -> list[list[int]]:
+def _generate(
+    model, groups: ModelGroups, prompts, seeds, rule: SamplingRule, vocab_size: int
+) -> list[list[int]]:
     device = next(model.parameters()).device
     lengths = [len(prompt) for prompt in prompts]
     end = max(lengths) + rule.max_new_tokens
@@ -89,7 +91,9 @@ def _generate(model, groups: ModelGroups, prompts, seeds, rule: SamplingRule, vo
     length_B = torch.tensor(lengths, device=device)
     seed_B = torch.tensor(seeds, dtype=torch.int64, device=device)
     stop_ids = torch.tensor(rule.stop_token_ids, dtype=torch.long, device=device)
-    completed_B = torch.zeros(len(prompts), dtype=torch.long, device=device)  # length of a finished completion, else 0
+    completed_B = torch.zeros(
+        len(prompts), dtype=torch.long, device=device
+    )  # length of a finished completion, else 0
     stages = _Stages(model, groups, len(prompts), end)
     start = 0
     for position in range(min(lengths), end):
@@ -159,5 +163,7 @@ def _draw(logits_BV: Tensor, seed_B: Tensor, position: int, rule: SamplingRule) 
 def _keep_top_p(log_probs_BV: Tensor, top_p: float) -> Tensor:
     ordered_BV, order_BV = log_probs_BV.sort(dim=-1, descending=True)
     mass_before_BV = ordered_BV.exp().cumsum(-1) - ordered_BV.exp()
-    dropped_BV = torch.zeros_like(mass_before_BV, dtype=torch.bool).scatter_(-1, order_BV, mass_before_BV >= top_p)
+    dropped_BV = torch.zeros_like(mass_before_BV, dtype=torch.bool).scatter_(
+        -1, order_BV, mass_before_BV >= top_p
+    )
     return log_probs_BV.masked_fill(dropped_BV, -torch.inf)

@@ -78,7 +78,13 @@ def padded_vocab_size(vocab_size: int, *, divisible_by: int, tp_size: int) -> in
 
 
 def transformer_config(
-    shapes: HfShapes, groups: ModelGroups, *, dtype: torch.dtype, sequence_parallel: bool, kernels: Kernels, on_cpu: bool
+    shapes: HfShapes,
+    groups: ModelGroups,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    kernels: Kernels,
+    on_cpu: bool,
 ) -> TransformerConfig:
     """Megatron's description of a dense Llama-like model."""
     has_te = kernels.transformer_engine
@@ -147,7 +153,9 @@ def build_gpt(
     config = transformer_config(
         shapes, groups, dtype=dtype, sequence_parallel=sequence_parallel, kernels=kernels, on_cpu=on_cpu
     )
-    vocab_size = padded_vocab_size(shapes.vocab_size, divisible_by=vocab_divisible_by, tp_size=groups.layout.tp_size)
+    vocab_size = padded_vocab_size(
+        shapes.vocab_size, divisible_by=vocab_divisible_by, tp_size=groups.layout.tp_size
+    )
     model = GPTModel(
         config,
         block_spec(config, qk_layernorm=shapes.qk_norm, kernels=kernels),
@@ -163,9 +171,26 @@ def build_gpt(
     )
     if is_headless and groups.is_last_stage:
         model.add_module("output_layer", HiddenOnly())
+    _mark_split_weights(model)
     for parameter in model.parameters():
         parameter.data.zero_()  # padding rows stay zero; nothing is left as uninitialised memory
-    return model.to(device)
+    return model.to(device=device, dtype=dtype)  # norms are made in fp32
+
+
+def _mark_split_weights(model: GPTModel) -> None:
+    """Mark the weights that tensor parallelism splits, as Megatron does where it draws them.
+
+    Without the mark they count as copies, and the gradient norm takes those of the first tensor-parallel rank only.
+    """
+    split_dims = {
+        tensor_parallel.VocabParallelEmbedding: 0,
+        tensor_parallel.ColumnParallelLinear: 0,
+        tensor_parallel.RowParallelLinear: 1,
+    }
+    for module in model.modules():
+        dim, weight = split_dims.get(type(module)), getattr(module, "weight", None)
+        if dim is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def block_spec(config: TransformerConfig, *, qk_layernorm: bool, kernels: Kernels) -> Any:
@@ -189,12 +214,14 @@ def block_spec(config: TransformerConfig, *, qk_layernorm: bool, kernels: Kernel
 def head_weight(model: GPTModel) -> Tensor:
     """[V, H] shard of the output projection on the last stage; the embedding's copy if tied."""
     # shared_embedding_or_output_weight() answers with the embedding on a first stage even if nothing is shared
-    if model.share_embeddings_and_output_weights and model.pre_process:
-        return model.embedding.word_embeddings.weight
-    return model.output_layer.weight
+    is_in_embedding = model.share_embeddings_and_output_weights and model.pre_process
+    layer: Any = model.embedding.word_embeddings if is_in_embedding else model.output_layer
+    return layer.weight
 
 
-def select_rows(hidden_BSH: Tensor, mask_BS: Tensor, *, sequence_parallel: bool, group: dist.ProcessGroup) -> Tensor:
+def select_rows(
+    hidden_BSH: Tensor, mask_BS: Tensor, *, sequence_parallel: bool, group: dist.ProcessGroup
+) -> Tensor:
     """[T, H] rows under the mask, sequence by sequence, equal on all tensor-parallel ranks.
 
     Each rank may hand back a partial gradient: it is summed over the tensor-parallel group on the way into the model.

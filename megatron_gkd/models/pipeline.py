@@ -42,7 +42,9 @@ def train_schedule(
     return _run(model, config, groups, micro_batches, forward_step, forward_only=False)
 
 
-def forward_rows(model: torch.nn.Module, config: Any, groups: ModelGroups, micro_batches: Sequence[Any]) -> list[Tensor]:
+def forward_rows(
+    model: torch.nn.Module, config: Any, groups: ModelGroups, micro_batches: Sequence[Any]
+) -> list[Tensor]:
     """Hidden states of the rows under each micro-batch's ``loss_mask_BS``; no gradient.
 
     Returns:

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 
 
-def broadcast_json(value: Any, *, device: torch.device, src: int = 0, group: dist.ProcessGroup | None = None) -> Any:
+def broadcast_json(
+    value: Any, *, device: torch.device, src: int = 0, group: dist.ProcessGroup | None = None
+) -> Any:
     """``value`` of rank ``src`` on every rank of ``group`` (default: all ranks).
 
     Args:
@@ -39,11 +41,17 @@ def gather_json(value: Any, *, device: torch.device, group: dist.ProcessGroup | 
     padded[: payload.numel()] = payload
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
-    return [json.loads(bytes(part[: int(n.item())].cpu().numpy())) for part, n in zip(parts, sizes, strict=True)]
+    return [
+        json.loads(bytes(part[: int(n.item())].cpu().numpy())) for part, n in zip(parts, sizes, strict=True)
+    ]
 
 
 def reduce_values(
-    values: Sequence[float], how: Sequence[str], *, device: torch.device, group: dist.ProcessGroup | None = None
+    values: Sequence[float],
+    how: Sequence[str],
+    *,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
 ) -> list[float]:
     """Combine numbers across ranks with at most two collectives.
 

@@ -40,7 +40,9 @@ class Layout:
 
     def last_stage_ranks(self, dp_rank: int) -> list[int]:
         """Global ranks of the last pipeline stage of one copy, in tensor-parallel order."""
-        return [self.rank_at(tp_rank=t, dp_rank=dp_rank, pp_rank=self.pp_size - 1) for t in range(self.tp_size)]
+        return [
+            self.rank_at(tp_rank=t, dp_rank=dp_rank, pp_rank=self.pp_size - 1) for t in range(self.tp_size)
+        ]
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def init_student_groups(tp_size: int, pp_size: int, seed: int) -> ModelGroups:
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    parallel_state.initialize_model_parallel(tp_size, pp_size)
+    parallel_state.initialize_model_parallel(tp_size, pp_size, create_gloo_process_groups=False)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     layout = Layout(tp_size, pp_size, dist.get_world_size())
     pg = ProcessGroupCollection.use_mpu_process_groups()
@@ -100,10 +102,23 @@ def init_student_groups(tp_size: int, pp_size: int, seed: int) -> ModelGroups:
 
 
 def destroy_student_groups() -> None:
-    """Undo ``init_student_groups``, so that another layout can be tried in the same process."""
+    """Undo ``init_student_groups``, so that another layout can be tried in the same process. Collective."""
     from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
+    groups = ProcessGroupCollection.use_mpu_process_groups()
     parallel_state.destroy_model_parallel()
+    destroy_groups(groups)
+
+
+def destroy_groups(pg: Any) -> None:
+    """Close every process group of a ``ProcessGroupCollection``; each one left open keeps a thread and its sockets."""
+    values = [
+        group for value in vars(pg).values() for group in (value if isinstance(value, list) else [value])
+    ]
+    for group in {id(group): group for group in values if isinstance(group, dist.ProcessGroup)}.values():
+        if group is not dist.group.WORLD and dist.get_process_group_ranks(group):
+            dist.destroy_process_group(group)
 
 
 def make_model_groups(tp_size: int, pp_size: int) -> ModelGroups:
@@ -115,7 +130,11 @@ def make_model_groups(tp_size: int, pp_size: int) -> ModelGroups:
     grid = HyperCommGrid([tp_size, 1, layout.dp_size, pp_size], ["tp", "cp", "dp", "pp"])
     pg: Any = ProcessGroupCollection()
     pg.tp, pg.cp, pg.dp, pg.pp = (grid.create_pg(name) for name in ("tp", "cp", "dp", "pp"))
-    pg.mp, pg.dp_cp, pg.tp_cp = grid.create_pg(["tp", "pp"]), grid.create_pg(["cp", "dp"]), grid.create_pg(["tp", "cp"])
+    pg.mp, pg.dp_cp, pg.tp_cp = (
+        grid.create_pg(["tp", "pp"]),
+        grid.create_pg(["cp", "dp"]),
+        grid.create_pg(["tp", "cp"]),
+    )
     pg.intra_dist_opt = grid.create_pg(["tp", "cp", "dp", "pp"])
     pg.embd = pg.pos_embd = None  # only a trained, tied model needs them
     pg.hcp = pg.inter_dist_opt = pg.tp_dp_cp = None

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ TOKENS_PER_CHUNK = 256
 
 @dataclass(frozen=True)
 class Completion:
-    """One row of a completions file; `completion_ids` include the end token when the model stopped with it."""
+    """One row of a completions file; `completion_ids` include the end token if the model stopped with it."""
 
     prompt: Messages
     completion: str
@@ -75,7 +76,7 @@ def write_completions(
     Args:
         folder: Hugging Face checkpoint with tokenizer and chat template.
         prompts: One list of chat messages per completion.
-        out_file: JSONL with `prompt`, `completion` (text), `prompt_ids`, `completion_ids`; None writes nothing.
+        out_file: JSONL of prompt, completion (text), prompt_ids and completion_ids; None writes nothing.
         max_new_tokens: Most tokens of one completion.
         temperature: 0 is greedy; anything else samples from the whole vocabulary.
         batch_size: Prompts completed side by side.
@@ -119,7 +120,7 @@ def held_out_kl(
     Args:
         teacher: Hugging Face checkpoint folder.
         students: Name to Hugging Face checkpoint folder; the vocabularies must equal the teacher's.
-        completions: Text to score, written by the teacher; all tokens of the completions count, none of the prompts.
+        completions: Text to score, written by the teacher; the tokens of the completions count, no others.
 
     Raises:
         ValueError: A student's vocabulary has another size.
@@ -129,8 +130,8 @@ def held_out_kl(
     for name, (_, head_VH) in scored.items():
         if head_VH.shape[0] != teacher_head_VH.shape[0]:
             raise ValueError(
-                f"student {name} has {head_VH.shape[0]} vocabulary entries and the teacher {teacher_head_VH.shape[0]}; "
-                "forward KL needs one vocabulary: take a student of the teacher's family"
+                f"student {name} has {head_VH.shape[0]} vocabulary entries and the teacher "
+                f"{teacher_head_VH.shape[0]}; forward KL needs one vocabulary: take a student of its family"
             )
     num_tokens = teacher_TH.shape[0]
     mean_V = torch.zeros(teacher_head_VH.shape[0], dtype=torch.float64)
@@ -155,9 +156,10 @@ def held_out_kl(
 
 
 def _final_hidden(folder: str | Path, completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
-    """[T, H] inputs of the output layer at the positions that predict completion tokens, and that layer [V, H]."""
+    """[T, H] inputs of the output layer where it predicts completion tokens, and that layer [V, H]."""
     model = _load(folder)
-    head_VH = model.get_output_embeddings().weight
+    head: Any = model.get_output_embeddings()
+    head_VH = head.weight
     by_length = sorted(range(len(completions)), key=lambda i: len(_sequence(completions[i])))
     hidden: dict[int, Tensor] = {}
     for batch in _batches(by_length, ROWS_PER_FORWARD):

@@ -124,7 +124,9 @@ def owned_slices(
     return [
         piece
         for piece in needed
-        if piece.parameter != tied_copy and not (tp_rank > 0 and _template(piece.tensor) in replicated)
+        if piece.num_elements
+        and piece.parameter != tied_copy
+        and not (tp_rank > 0 and _template(piece.tensor) in replicated)
     ]
 
 
@@ -228,7 +230,8 @@ def _cut(parameter: str, hf: tuple[str, ...], kind: str, weights: WeightLayout, 
             height = rows // tp_size
             span, rest = (tp_rank * height, (tp_rank + 1) * height), (0, columns)
             return [
-                Slice(parameter, ((i * height, (i + 1) * height), rest), name, (span, rest)) for i, name in enumerate(hf)
+                Slice(parameter, ((i * height, (i + 1) * height), rest), name, (span, rest))
+                for i, name in enumerate(hf)
             ]
         case "qkv":
             return _cut_qkv(parameter, hf, full, shapes, tp_size, tp_rank)
@@ -238,8 +241,7 @@ def _cut(parameter: str, hf: tuple[str, ...], kind: str, weights: WeightLayout, 
 def _cut_vocab(parameter: str, tensor: str, full: tuple[int, ...], height: int, tp_rank: int) -> list[Slice]:
     vocab, hidden = full
     start, stop = tp_rank * height, min((tp_rank + 1) * height, vocab)
-    if stop <= start:
-        return []  # only padding on this rank
+    stop = max(start, stop)  # a rank that holds only padding gets a slice without rows
     return [Slice(parameter, ((0, stop - start), (0, hidden)), tensor, ((start, stop), (0, hidden)))]
 
 

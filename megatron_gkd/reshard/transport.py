@@ -71,7 +71,7 @@ def read_slices(parameters: Mapping[str, Tensor], source: HfFolder, slices: Sequ
     if missing := parameters.keys() - {piece.parameter for piece in slices}:
         raise ValueError(f"no weights known for the parameters {sorted(missing)}")
     with torch.no_grad():
-        for piece in slices:
+        for piece in filter(lambda piece: piece.num_elements, slices):
             block = source.read(piece.tensor, piece.full)
             parameters[piece.parameter].data[_index_of(piece.local)].copy_(block)
 
@@ -94,7 +94,9 @@ class MappedSafetensors:
             self._offsets[name] = position
             position += size
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(len(text) + 8) % _ALIGNMENT)  # so that every tensor starts at a multiple of its item size
+        text += b" " * (
+            -(len(text) + 8) % _ALIGNMENT
+        )  # so that every tensor starts at a multiple of its item size
         self._header = len(text).to_bytes(8, "little") + text
         self.num_data_bytes = position
         self._start = len(self._header)
@@ -126,7 +128,9 @@ class MappedSafetensors:
                 start = self._start + self._offsets[piece.tensor]
                 stop = start + torch.Size(shape).numel() * self._dtype.itemsize
                 target = mapped[start:stop].view(self._dtype).view(shape)
-                target[_index_of(piece.full)] = parameters[piece.parameter].data[_index_of(piece.local)].to(self._dtype)
+                target[_index_of(piece.full)] = (
+                    parameters[piece.parameter].data[_index_of(piece.local)].to(self._dtype)
+                )
                 num_bytes += piece.num_elements * self._dtype.itemsize
         return num_bytes
 

@@ -42,7 +42,11 @@ class MegatronRollout:
         self._vocab_size, self._version = vocab_size, 0
         self._stop, self._decode = tuple(stop), decode
         self._rule = SamplingRule(
-            sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens, sampling.stop_token_ids
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            sampling.max_new_tokens,
+            sampling.stop_token_ids,
         )
 
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:

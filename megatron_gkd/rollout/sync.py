@@ -161,7 +161,9 @@ class WeightPusher:
         """
         folder, num_bytes = self._file.write(version)
         sequences, expected = self._probe()
-        outcome = self._load_and_compare(folder, version, sequences, expected) if dist.get_rank() == 0 else None
+        outcome = (
+            self._load_and_compare(folder, version, sequences, expected) if dist.get_rank() == 0 else None
+        )
         error, difference = broadcast_json(outcome, device=self._device)
         if error:
             raise WeightPushFailed(error)
@@ -176,9 +178,9 @@ class WeightPusher:
         try:
             for client in self._clients:
                 client.update_weights_from_disk(folder, version)
-                worst = max(worst, _largest_difference(client.score(sequences), expected))
-        except EngineError as error:
-            return f"push of version {version}: {error}", worst
+                worst = _larger(worst, _largest_difference(client.score(sequences), expected))
+        except Exception as error:  # of any kind: the other ranks already wait for the outcome
+            return f"push of version {version}: {type(error).__name__}: {error}", worst
         if not worst <= self._tolerance:  # also when it is not a number
             return (
                 f"push of version {version}: after it a log-probability of the server differs from the trainer's by "
@@ -186,6 +188,11 @@ class WeightPusher:
                 "student's weights, or computes in another precision"
             ), worst
         return None, worst
+
+
+def _larger(a: float, b: float) -> float:
+    # max(0.0, nan) is 0.0
+    return a if a >= b or a != a else b
 
 
 def _largest_difference(got: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 TESTED_SGLANG = "0.5.23"
 HEALTH_TIMEOUT_S = 30.0
+FLUSH_TIMEOUT_S = 30
 MAX_PUSHED_BY_VALUE_BYTES = 64 << 20
 
 
@@ -171,10 +172,11 @@ class SglangClient:
                 "model_path": str(folder.resolve()),
                 "load_format": "safetensors",  # whatever the server started with, which may be random weights
                 "weight_version": str(version),
-                "flush_cache": True,
+                "flush_cache": False,  # refused while any request runs, a health check among them; done below
             },
         )
         check_success(reply, f"loading weights from {folder}")
+        self.flush_cache()
         self._confirm_version(version)
 
     def push_tensors(
@@ -211,13 +213,14 @@ class SglangClient:
                 {
                     "serialized_named_tensors": [payload] * tp_size,
                     "weight_version": str(version),
-                    "flush_cache": True,
+                    "flush_cache": False,
                 },
             )
         finally:  # an update left open would refuse the next one
             ended = self._connection.post("/end_weight_update", {})
         check_success(reply, "update_weights_from_tensor")
         check_success(ended, "end_weight_update")
+        self.flush_cache()
         self._confirm_version(version)
 
     def pause(self, mode: Literal["abort", "retract", "in_place"]) -> None:
@@ -229,8 +232,15 @@ class SglangClient:
         self._connection.post("/continue_generation", {})
 
     def flush_cache(self) -> None:
-        """Forget cached prefixes; the server refuses while requests run."""
-        self._connection.post("/flush_cache", {}, is_json=False)
+        """Forget cached prefixes, once the requests that run have ended; a paused server does not wait for held ones.
+
+        Raises:
+            EngineReplyInvalid: Requests still ran after 30 s.
+        """
+        try:
+            self._connection.post("/flush_cache", {}, is_json=False)
+        except EngineReplyInvalid:  # something runs
+            self._connection.post(f"/flush_cache?timeout={FLUSH_TIMEOUT_S}", {}, is_json=False)
 
     def health(self) -> None:
         """Returns when the server has produced a token, raises ``EngineError`` otherwise."""

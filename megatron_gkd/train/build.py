@@ -194,9 +194,9 @@ def build_loader(config: GkdConfig, tokenizer: Tokenizer) -> PromptLoader:
         overlong=config.data.overlong_prompts,
         max_bad_rows=config.data.max_bad_rows,
         require_completions=config.gkd.lmbda < 1,
-        max_completion_length=config.rollout.max_new_tokens,
+        max_completion_length=config.rollout.max_new_tokens if config.gkd.lmbda < 1 else None,
     )
-    log.info("%s: %s", config.data.prompts, prompts.summary())
+    log.info("Prompts: %s", prompts.summary())
     return PromptLoader(prompts, seed=config.train.seed, shuffle=config.data.shuffle)
 
 

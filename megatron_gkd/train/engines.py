@@ -111,7 +111,7 @@ class EngineHost:
             tp_size=rollout.tensor_model_parallel_size,
             mem_fraction_static=rollout.mem_fraction_static,
             num_threads=rollout.num_threads,
-            extra_args=("--load-format", "dummy"),
+            has_random_weights=True,
         )
 
     def _connect_clients(self, rollout: SglangRolloutConfig) -> list[SglangClient]:
@@ -121,7 +121,7 @@ class EngineHost:
         if self._world.is_leader:
             try:
                 clients = self._clients_of_leader(rollout)
-            except EngineError as problem:
+            except (EngineError, ValueError) as problem:
                 error = str(problem)
         error = self._broadcast(error)
         if error:
@@ -161,5 +161,9 @@ class EngineHost:
         )
         tolerance = rollout.probe_tolerance or PROBE_TOLERANCE[config.train.precision]
         return WeightPusher(
-            file, clients, lambda: (self.probe, trainer_log_probs(student, self.probe)), tolerance, self._world.device
+            file,
+            clients,
+            lambda: (self.probe, trainer_log_probs(student, self.probe)),
+            tolerance,
+            self._world.device,
         )

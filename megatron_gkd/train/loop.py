@@ -64,7 +64,7 @@ class Trainer:
     store: CheckpointStore
     records: Records
     state: TrainState = field(default_factory=TrainState)
-    saved_iteration: int | None = None
+    saved_iteration: int = 0
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint, if the configuration says so and there is one. Collective."""
@@ -93,6 +93,9 @@ class Trainer:
             TrainingFailed: Too many updates in a row had gradients that were not finite.
         """
         train = self.config.train
+        if self.state.iteration >= train.train_iters:
+            return "done"
+        self.records.status("running", self.state.iteration, "waiting for the generation engine")
         try:
             engine = self.connect_engine()
             self.records.start(self.state.iteration)
@@ -155,7 +158,9 @@ class Trainer:
 
     def _micro_batches(self, batch: Batch):
         parallel = [self.config.student.parallel, self.config.teacher.parallel]
-        multiple_of = math.lcm(*(p.tensor_model_parallel_size if p.sequence_parallel else 1 for p in parallel))
+        multiple_of = math.lcm(
+            *(p.tensor_model_parallel_size if p.sequence_parallel else 1 for p in parallel)
+        )
         groups = self.student.groups
         return batch.micro_batches(
             self.config.train.micro_batch_size,
@@ -188,7 +193,11 @@ class Trainer:
 
 
 def build_trainer(
-    config: GkdConfig, world: World, tokenizer: Tokenizer, loader: PromptLoader, on_host: Callable[[EngineHost], None]
+    config: GkdConfig,
+    world: World,
+    tokenizer: Tokenizer,
+    loader: PromptLoader,
+    on_host: Callable[[EngineHost], None],
 ) -> Trainer:
     """All parts of a run; a server that the run owns starts first, so that it loads meanwhile. Collective.
 

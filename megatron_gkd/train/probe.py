@@ -41,6 +41,7 @@ def trainer_log_probs(student: Student, sequences: Sequence[Sequence[int]]) -> l
                 group=student.groups.pg.tp,
                 valid_vocab_size=student.shapes.vocab_size,
             )
+        assert isinstance(loss_T, torch.Tensor)  # as always without token_weight_T
         values = (-loss_T).tolist()
     layout = student.groups.layout
     owner = layout.rank_at(tp_rank=0, dp_rank=0, pp_rank=layout.pp_size - 1)

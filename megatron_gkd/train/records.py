@@ -70,7 +70,9 @@ class Records:
         self.metrics.add("memory/peak_gib", peak, unit="GiB", reduce="max")
         self.timers.record(self.metrics)
         metrics = self.metrics.take()
-        values = reduce_values([m.value for m in metrics], [m.reduce for m in metrics], device=self._world.device)
+        values = reduce_values(
+            [m.value for m in metrics], [m.reduce for m in metrics], device=self._world.device
+        )
         by_name = {metric.name: value for metric, value in zip(metrics, values, strict=True)}
         line = self._progress.finish(
             state.iteration, loss=by_name["loss"], lag=int(by_name["lag"]), num_tokens=int(by_name["tokens"])
@@ -132,4 +134,3 @@ def _add_step(metrics: Metrics, batch: Batch, result: StepResult, state: TrainSt
     metrics.add("grad_norm", result.grad_norm, unit="1", reduce="rank0")
     metrics.add("lr", lr, unit="1", reduce="rank0")
     metrics.add("train/skipped_updates", state.skipped_updates, unit="iterations", reduce="rank0")
-

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,10 +88,13 @@ def train_step(
     if reports and student.groups.tp_rank == 0:
         on_policy, off_policy = torch.stack([report["loss_sums_2"] for report in reports]).sum(0).tolist()
     device = next(student.model.parameters()).device
-    is_bad = not (has_finite_gradients(student.ddp) and on_policy - on_policy == 0 and off_policy - off_policy == 0)
+    is_bad = not (
+        has_finite_gradients(student.ddp) and on_policy - on_policy == 0 and off_policy - off_policy == 0
+    )
     if any_rank(is_bad, device=device):
         return StepResult(on_policy, off_policy, float("nan"), is_skipped=True)
-    _, grad_norm, _ = student.optimizer.step()
+    outcome: Any = student.optimizer.step()
+    _, grad_norm, _ = outcome
     return StepResult(on_policy, off_policy, float(grad_norm or 0.0), is_skipped=False)
 
 
@@ -111,7 +115,7 @@ def _distill(
         group=student.groups.pg.tp,
     )
     # a micro-batch without rows goes through the same graph, so that collectives match on all ranks
-    total, loss_T = linear_distill_loss(
+    result = linear_distill_loss(
         rows_TH,
         head_weight(student.model),
         micro_batch.signal.rows_TH,
@@ -124,6 +128,8 @@ def _distill(
         token_weight_T=torch.ones(rows_TH.shape[0], device=rows_TH.device),
         tokens_per_chunk=config.tokens_per_chunk,
     )
+    assert isinstance(result, tuple)  # as always with token_weight_T
+    total, loss_T = result
     is_on_policy_T = micro_batch.is_on_policy_T.to(loss_T.device)
     sums_2 = torch.stack([(loss_T * is_on_policy_T).sum(), (loss_T * ~is_on_policy_T).sum()])
     num_tokens = torch.tensor(rows_TH.shape[0], dtype=torch.int, device=rows_TH.device)

@@ -10,7 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, Split, convert_folders, load_model, no_kernels, student_groups
+from tests.support.on_ranks import (
+    DP,
+    PP2,
+    TP2,
+    TP2_PP2,
+    Split,
+    convert_folders,
+    load_model,
+    no_kernels,
+    student_groups,
+)
 from tests.support.tiny_models import write_tiny_model
 
 MODELS = {
@@ -32,7 +42,9 @@ def hf_folders(tmp_path_factory) -> list[Path]:
         if dtype != torch.float32:
             _change_weights(folder, lambda weights, dtype=dtype: {k: v.to(dtype) for k, v in weights.items()})
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}))
+        (folder / "config.json").write_text(
+            json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")})
+        )
         (folder / "chat_template.jinja").write_text("{{ messages }}")
         folders.append(folder)
     return folders
@@ -65,7 +77,12 @@ def test_converting_there_and_back_restores_the_folder(run_on_ranks, hf_folders,
         back = tmp_path / hf.name
         _assert_equal_tensors(hf / "model.safetensors", back / "model.safetensors")
         side_files = {file.name for file in hf.iterdir()} - {"model.safetensors"}
-        assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= side_files
+        assert {
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "chat_template.jinja",
+        } <= side_files
         for name in side_files:
             assert (back / name).read_bytes() == (hf / name).read_bytes(), f"{hf.name}: {name} changed"
         assert {file.name for file in back.iterdir()} == side_files | {"model.safetensors"}
@@ -144,17 +161,26 @@ def _load_and_export(rank: int, world_size: int, jobs, split: Split) -> None:
 def _expect_refusal(rank: int, world_size: int, damaged: Path, file: str) -> None:
     from megatron_gkd.checkpoint.integrity import CheckpointError
 
-    with student_groups(TP2) as groups, pytest.raises(CheckpointError, match=f"{file} does not match its hash"):
+    with (
+        student_groups(TP2) as groups,
+        pytest.raises(CheckpointError, match=f"{file} does not match its hash"),
+    ):
         load_model(damaged, groups, TP2, is_checkpoint=True)
 
 
 def _change_weights(folder: Path, change) -> None:
     file = folder / "model.safetensors"
-    save_file({k: v.contiguous() for k, v in change(load_file(file)).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in change(load_file(file)).items()}, file, metadata={"format": "pt"}
+    )
 
 
 def _assert_equal_tensors(expected_file: Path, got_file: Path) -> None:
     expected, got = load_file(expected_file), load_file(got_file)
     assert got.keys() == expected.keys()
-    different = [name for name in expected if got[name].dtype != expected[name].dtype or not torch.equal(got[name], expected[name])]
+    different = [
+        name
+        for name in expected
+        if got[name].dtype != expected[name].dtype or not torch.equal(got[name], expected[name])
+    ]
     assert not different, f"{got_file.name}: {different}"

@@ -52,7 +52,9 @@ def models(tmp_path_factory) -> list[str]:
         for b, row in enumerate(ids):
             tokens_BS[b, : len(row)], mask_BS[b, : len(row)] = row, True
         logits_TV = torch.cat([logits(model, row.tolist()) for row in ids])
-        save_file({"tokens": tokens_BS, "mask": mask_BS, "logits": logits_TV}, folder.parent / f"{folder.name}.ref")
+        save_file(
+            {"tokens": tokens_BS, "mask": mask_BS, "logits": logits_TV}, folder.parent / f"{folder.name}.ref"
+        )
         folders.append(str(folder))
     return folders
 

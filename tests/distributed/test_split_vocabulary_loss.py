@@ -1,6 +1,7 @@
-"""Losses over a vocabulary split across 2 and 4 ranks: value and gradients against float64, and what they cost.
+"""Losses over a vocabulary split across 2 and 4 ranks: value and gradients against float64.
 
-Not covered here: an unsplit vocabulary, bfloat16 and the arguments' errors (tests/unit/losses).
+Not covered here: an unsplit vocabulary, bfloat16 and the arguments' errors (tests/unit/losses); collectives, bytes and
+allocations (test_split_vocabulary_loss_cost.py).
 """
 
 import math
@@ -10,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.losses import DIVERGENCES, distill_loss, linear_cross_entropy, linear_distill_loss
-from tests.support.counting import counted
 from tests.support.dense_losses import dense_cross_entropy, dense_divergence, relative_error
 from tests.support.loss_cases import (
     DIVERGENCE_CASES,
@@ -19,39 +19,10 @@ from tests.support.loss_cases import (
     make_logits,
     make_upstream,
 )
+from tests.support.shards import assert_equal_on_all_ranks, group_of, ones, padded_shard, summed
 
 LINEAR_CASES = (*DIVERGENCE_CASES, ("cross_entropy", {}))
 SIZES = [2, 4]
-
-
-def group_of(world_size):
-    return dist.group.WORLD if world_size > 1 else None
-
-
-def padded_shard(x, dim, rank, world_size, multiple_of=1, fill=7.0):
-    """This rank's equal part of ``x``, after padding ``dim`` to a multiple of ``multiple_of`` * world_size."""
-    missing = -x.shape[dim] % (multiple_of * world_size)
-    shape = list(x.shape)
-    shape[dim] = missing
-    return torch.cat([x, x.new_full(shape, fill)], dim).chunk(world_size, dim)[rank]
-
-
-def assert_equal_on_all_ranks(x, group):
-    if group is not None:
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        dist.all_gather(parts, x.detach().contiguous(), group=group)
-        assert all(part.equal(parts[0]) for part in parts)
-
-
-def ones(tokens):
-    return torch.ones(tokens).double()
-
-
-def summed(x, group):
-    x = x.clone()
-    if group is not None:
-        dist.all_reduce(x, group=group)
-    return x
 
 
 # ---- logits ----
@@ -304,7 +275,7 @@ def test_equal_models_have_exactly_zero_loss_and_gradients(run_on_ranks, tp):
     run_on_ranks(tp, check_equal_models)
 
 
-# ---- explicit groups, and cost ----
+# ---- explicit groups ----
 
 
 def check_two_groups_side_by_side(rank, world_size):
@@ -325,43 +296,3 @@ def check_two_groups_side_by_side(rank, world_size):
 
 def test_the_vocabulary_is_split_over_the_group_that_is_passed(run_on_ranks):
     run_on_ranks(4, check_two_groups_side_by_side)
-
-
-COLLECTIVES = {"forward_kl": [5], "reverse_kl": [5], "jsd": [4, 2], "cross_entropy": [3]}
-"""Numbers per token of each collective of a block."""
-
-
-def check_cost(rank, world_size):
-    tokens, chunk, columns, hidden = 48, 16, 512, 8
-    inputs = make_linear_inputs(tokens, columns * world_size, hidden, hidden)
-    teacher_head = inputs.teacher_head_VH.chunk(world_size)[rank].float()
-    labels = make_labels(tokens, columns * world_size)
-    for name, numbers in COLLECTIVES.items():
-        for options in ({}, {"token_weight_T": torch.ones(tokens)}):
-            student = inputs.student_TH.float().requires_grad_()
-            head = inputs.student_head_VH.chunk(world_size)[rank].float().requires_grad_()
-            options = {"group": dist.group.WORLD, "tokens_per_chunk": chunk, **options}
-            with counted() as forward:
-                if name == "cross_entropy":
-                    result = linear_cross_entropy(student, head, labels, **options)
-                else:
-                    result = linear_distill_loss(
-                        student, head, inputs.teacher_TH.float(), teacher_head, divergence=name, **options
-                    )
-            with counted() as backward:
-                (result[0] if isinstance(result, tuple) else result.sum()).backward()
-            sent = [("_allgather_base_", 4 * n * chunk) for n in numbers] * (tokens // chunk)
-            assert forward.collectives == sent, (name, forward.collectives)
-            assert backward.collectives == []
-            assert max(forward.largest_allocation, backward.largest_allocation) == chunk * columns
-    for name in DIVERGENCES:
-        logits = torch.zeros(tokens, columns, requires_grad=True)
-        with counted() as counts:
-            distill_loss(
-                logits, torch.ones(tokens, columns), divergence=name, group=dist.group.WORLD
-            ).sum().backward()
-        assert counts.collectives == [("_allgather_base_", 4 * n * tokens) for n in COLLECTIVES[name]]
-
-
-def test_collectives_bytes_and_allocations_per_block(run_on_ranks):
-    run_on_ranks(2, check_cost)

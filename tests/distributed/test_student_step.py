@@ -6,6 +6,7 @@ of the loss), tied and untied, with a teacher of another size in another layout.
 Not here: the loss by itself (tests/unit/losses), resuming (test_checkpoint_store), the loop around it (end-to-end tests).
 """
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -14,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_PP2_SP, TP2_SP, Split, destroy_all_groups
-from tests.support.run_config import make_batch, make_world, update, write_config
+from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_PP2_SP, TP2_SP, Split
+from tests.support.run_config import build_parts, copy_of, leave, make_batch, make_world, update, write_config
 from tests.support.tiny_models import write_tiny_model
 
 SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
@@ -27,28 +28,31 @@ OPTIM = {
     "decay_style": "cosine",
     "warmup_iters": 2,
     "weight_decay": 0.1,
-    "clip_grad": 0.5,
 }
-CASES = {
-    "llama_tied_forward_kl": ({"tied": True}, {"divergence": "forward_kl"}),
+CASES = {  # model, loss, largest gradient norm (reached in some of the iterations)
+    "llama_tied_forward_kl": ({"tied": True}, {"divergence": "forward_kl"}, 15.0),
     "qwen3_untied_jsd": (
         {"family": "qwen3", "tied": False},
         {"divergence": "jsd", "beta": 0.3, "temperature": 1.5, "tokens_per_chunk": 4},
+        0.2,
     ),
 }
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> list[Path]:
-    """Per case a folder with student, teacher, loss section and what the plain loop made of them."""
+    """Per case a folder with student, teacher, sections and what the plain loop made of them."""
     from tests.support.reference_training import Recipe, train_reference
 
     folders = []
-    for name, (options, loss) in CASES.items():
+    for name, (options, loss, clip_grad) in CASES.items():
         folder = tmp_path_factory.mktemp(name)
         student = write_tiny_model(folder / "student", seed=1, **SMALL, **options)
-        teacher = write_tiny_model(folder / "teacher", seed=2, **{**SMALL, "hidden_size": 48}, tied=not options["tied"])
-        (folder / "loss.json").write_text(json.dumps(loss))
+        teacher = write_tiny_model(
+            folder / "teacher", seed=2, **{**SMALL, "hidden_size": 48}, tied=not options["tied"]
+        )
+        sections = {"loss": loss, "optim": {**OPTIM, "clip_grad": clip_grad}}
+        (folder / "sections.json").write_text(json.dumps(sections))
         full = {"beta": 0.5, "temperature": 1.0, **loss}
         recipe = Recipe(
             full["divergence"],
@@ -57,17 +61,25 @@ def cases(tmp_path_factory) -> list[Path]:
             *(OPTIM[k] for k in ("lr", "min_lr", "warmup_iters")),
             train_iters=5,
             weight_decay=OPTIM["weight_decay"],
-            clip_grad=OPTIM["clip_grad"],
+            clip_grad=clip_grad,
         )
         outcome = train_reference(student, teacher, _batches(), recipe)
-        assert min(outcome.grad_norms) < OPTIM["clip_grad"] < max(outcome.grad_norms), outcome.grad_norms
+        assert min(outcome.grad_norms) < clip_grad < max(outcome.grad_norms), outcome.grad_norms
         (folder / "curves.json").write_text(json.dumps([outcome.losses, outcome.grad_norms]))
         save_file({k: v.contiguous() for k, v in outcome.weights.items()}, folder / "trained.safetensors")
         folders.append(folder)
     return folders
 
 
-SPLITS = [(2, TP2, PP2), (2, PP2, DP), (2, DP, TP2), (2, TP2_SP, TP2), (4, TP2_PP2, PP2), (4, TP2_PP2_SP, TP2), (4, TP2, DP)]
+SPLITS = [
+    (2, TP2, PP2),
+    (2, PP2, DP),
+    (2, DP, TP2),
+    (2, TP2_SP, TP2),
+    (4, TP2_PP2, PP2),
+    (4, TP2_PP2_SP, TP2),
+    (4, TP2, DP),
+]
 
 
 @pytest.mark.parametrize(("num_ranks", "split", "teacher_split"), SPLITS, ids=str)
@@ -76,22 +88,86 @@ def test_five_updates_are_those_of_a_plain_training_loop(
 ):
     jobs = []
     for folder in cases:
-        sections = {"loss": json.loads((folder / "loss.json").read_text()), "optim": OPTIM}
+        sections = json.loads((folder / "sections.json").read_text())
         models = folder / "student", folder / "teacher"
-        jobs.append(write_config(tmp_path / folder.name, *models, split=split, teacher_split=teacher_split, **sections))
+        jobs.append(
+            write_config(
+                tmp_path / folder.name, *models, split=split, teacher_split=teacher_split, **sections
+            )
+        )
     run_on_ranks(num_ranks, _train, jobs)
     for folder, job in zip(cases, jobs, strict=True):
         losses, norms = json.loads((folder / "curves.json").read_text())
         got_losses, got_norms = json.loads((job.parent / "curves.json").read_text())
-        assert got_losses == pytest.approx(losses, rel=1e-5), folder.name
-        assert got_norms == pytest.approx(norms, rel=1e-5), folder.name
-        before, expected = load_file(folder / "student" / "model.safetensors"), load_file(folder / "trained.safetensors")
+        # measured: 2e-7, 7.4e-6 and 3.2e-5
+        assert got_losses == pytest.approx(losses, rel=1e-6), folder.name
+        assert got_norms == pytest.approx(norms, rel=2e-5), folder.name
+        before, expected = (
+            load_file(folder / "student" / "model.safetensors"),
+            load_file(folder / "trained.safetensors"),
+        )
         got = load_file(job.parent / "trained.safetensors")
         assert got.keys() == expected.keys()
         for name in expected:
             moved = (expected[name] - before[name].double()).norm()
             assert moved > 0, name
-            assert (got[name].double() - expected[name]).norm() <= 1e-3 * moved, f"{folder.name}: {name}"
+            assert (got[name].double() - expected[name]).norm() <= 1e-4 * moved, f"{folder.name}: {name}"
+
+
+@pytest.mark.parametrize(("num_ranks", "split"), [(2, TP2), (2, PP2), (2, DP), (4, TP2_PP2)], ids=str)
+def test_a_student_equal_to_its_teacher_has_loss_zero_and_stays(
+    run_on_ranks, cases, tmp_path, num_ranks, split: Split
+):
+    student = cases[1] / "student"
+    sections = {"optim": {**OPTIM, "weight_decay": 0.0}}
+    jobs = [
+        write_config(
+            tmp_path / name,
+            student,
+            student,
+            split=split,
+            teacher_split=split,
+            loss={"divergence": name},
+            **sections,
+        )
+        for name in ("forward_kl", "reverse_kl", "jsd")
+    ]
+    run_on_ranks(num_ranks, _train_on_itself, jobs)
+
+
+@pytest.mark.parametrize(("num_ranks", "split"), [(2, TP2), (2, PP2), (2, DP), (4, TP2_PP2)], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_rank(
+    run_on_ranks, cases, tmp_path, num_ranks: int, split: Split, precision: str
+):
+    config = write_config(
+        tmp_path,
+        cases[0] / "student",
+        cases[0] / "teacher",
+        split=split,
+        optim=OPTIM,
+        train={"precision": precision},
+    )
+    run_on_ranks(num_ranks, _poison, config)
+
+
+@pytest.mark.parametrize(("num_ranks", "split"), [(2, TP2_SP), (2, PP2), (2, DP), (4, TP2_PP2)], ids=str)
+def test_bf16_follows_fp32_within_its_rounding(run_on_ranks, cases, tmp_path, num_ranks: int, split: Split):
+    jobs = []
+    for folder in cases:
+        sections = json.loads((folder / "sections.json").read_text())
+        models = folder / "student", folder / "teacher"
+        sections["train"] = {"precision": "bf16"}
+        jobs.append(
+            write_config(tmp_path / folder.name, *models, split=split, teacher_split=split, **sections)
+        )
+    run_on_ranks(num_ranks, _train, jobs)
+    for folder, job in zip(cases, jobs, strict=True):
+        losses, norms = json.loads((folder / "curves.json").read_text())
+        got_losses, got_norms = json.loads((job.parent / "curves.json").read_text())
+        # measured: 7.5e-3 and 7.6e-2
+        assert got_losses == pytest.approx(losses, rel=2e-2), folder.name
+        assert got_norms == pytest.approx(norms, rel=1e-1), folder.name
 
 
 def _batches():
@@ -105,7 +181,7 @@ def _train(rank: int, world_size: int, config_files: list[Path]) -> None:
     for file in config_files:
         config = load_config(file)
         config.check_world(world_size)
-        student, teacher, head_VH = _build(config, make_world(rank, world_size))
+        student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
         losses, norms = [], []
         for iteration, batch in enumerate(_batches()):
             result, loss = update(student, teacher, head_VH, batch, iteration, config)
@@ -114,20 +190,66 @@ def _train(rank: int, world_size: int, config_files: list[Path]) -> None:
             norms.append(result.grad_norm)
         if rank == 0:
             (file.parent / "curves.json").write_text(json.dumps([losses, norms]))
-        export_weights(student.model, file.parent / "trained.safetensors", student.shapes, student.groups, student.dtype)
-        _leave()
+        export_weights(
+            student.model, file.parent / "trained.safetensors", student.shapes, student.groups, student.dtype
+        )
+        leave()
 
 
-def _build(config, world):
-    from megatron_gkd.train.build import build_student, build_teacher
-    from tests.support.tiny_models import PAD_ID
+def _train_on_itself(rank: int, world_size: int, config_files: list[Path]) -> None:
+    from megatron_gkd.config import load_config
 
-    student = build_student(config, world)
-    return student, *build_teacher(config, world, student, PAD_ID)
+    for file in config_files:
+        config = load_config(file)
+        student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+        before = copy_of(student.model)
+        for iteration, batch in enumerate(_batches()[:2]):
+            result, loss = update(student, teacher, head_VH, batch, iteration, config)
+            assert (loss, result.grad_norm, result.is_skipped) == (0.0, 0.0, False), config.loss.divergence
+        for name, parameter in student.model.named_parameters():
+            assert torch.equal(parameter, before[name]), name
+        leave()
 
 
-def _leave() -> None:
-    from megatron_gkd.parallel.groups import destroy_student_groups
+def _poison(rank: int, world_size: int, config_file: Path) -> None:
+    """Bad gradients between two good updates; a twin that never saw them must end with the same weights."""
+    from megatron_gkd.config import load_config
 
-    destroy_student_groups()
-    destroy_all_groups()
+    config = load_config(config_file)
+    first, second = _batches()[:2]
+    finished = []
+    for is_poisoned in (False, True):
+        student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+        update(student, teacher, head_VH, first, 0, config)
+        if is_poisoned:
+            before = copy_of(student.model)
+            for value in (math.inf, math.nan):
+                with _bad_gradient(student, value if rank == world_size - 1 else None):
+                    result, _ = update(student, teacher, head_VH, second, 1, config)
+                assert result.is_skipped
+                assert math.isnan(result.grad_norm)
+                for name, parameter in student.model.named_parameters():
+                    assert torch.equal(parameter, before[name]), name
+        result, _ = update(student, teacher, head_VH, second, 1, config)
+        assert not result.is_skipped
+        finished.append(copy_of(student.model))
+        leave()
+    undisturbed, disturbed = finished
+    for name, parameter in undisturbed.items():
+        assert torch.equal(parameter, disturbed[name]), f"{name}: the skipped update left something behind"
+
+
+@contextlib.contextmanager
+def _bad_gradient(student, value: float | None):
+    """Put ``value`` into this rank's finished gradients, if it is given."""
+    config = student.model.config
+    finish = config.finalize_model_grads_func
+
+    def spoil(*args, **kwargs):
+        finish(*args, **kwargs)
+        if value is not None:
+            student.ddp.buffers[-1].grad_data[-1] = value
+
+    config.finalize_model_grads_func = spoil
+    yield
+    config.finalize_model_grads_func = finish

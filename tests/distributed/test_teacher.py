@@ -43,7 +43,9 @@ def teachers(tmp_path_factory) -> list[Path]:
 
     folders = []
     for seed, (name, options) in enumerate(MODELS.items(), 1):
-        folder = write_tiny_model(tmp_path_factory.mktemp("teachers") / name, seed=seed, hidden_size=48, **options)
+        folder = write_tiny_model(
+            tmp_path_factory.mktemp("teachers") / name, seed=seed, hidden_size=48, **options
+        )
         model = load_hf_model(folder)
         rows = {}
         for i, sample in enumerate(_batch().samples):
@@ -63,7 +65,9 @@ def converted_teachers(teachers, run_on_ranks, tmp_path_factory) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "student"), [(2, TP2), (2, PP2), (2, DP), (2, TP2_SP), (4, TP2_PP2), (4, TP2), (4, PP2)], ids=str
+    ("num_ranks", "student"),
+    [(2, TP2), (2, PP2), (2, DP), (2, TP2_SP), (4, TP2_PP2), (4, TP2), (4, PP2)],
+    ids=str,
 )
 def test_rows_are_those_of_transformers_for_every_layout_of_the_teacher(
     run_on_ranks, teachers, num_ranks: int, student: Split
@@ -151,7 +155,9 @@ def _load_heads(rank: int, world_size: int, folders: list[Path], converted: list
     from megatron_gkd.config.hf_shapes import load_hf_shapes
     from megatron_gkd.parallel.groups import Layout
 
-    sources = [WeightSource(folder, False) for folder in folders] + [WeightSource(folder, True) for folder in converted]
+    sources = [WeightSource(folder, False) for folder in folders] + [
+        WeightSource(folder, True) for folder in converted
+    ]
     splits = [split for split in (DP, TP2, PP2, TP2_PP2) if world_size % (split.tp * split.pp) == 0]
     for source, split, dtype in itertools.product(sources, splits, (torch.float32, torch.bfloat16)):
         shapes = load_hf_shapes(source.hf_folder)

@@ -140,6 +140,13 @@ def test_an_update_from_disk_brings_the_new_model_under_its_version(client, sgla
         make_client(sglang_server).score([[5, 6]])
 
 
+def test_an_update_right_after_a_health_check_is_not_refused(client, sglang_model):
+    for version in range(1, 4):
+        client.health()
+        client.update_weights_from_disk(sglang_model, version)
+    assert largest_difference(client.score(SEQUENCES), hf_log_probs(sglang_model, SEQUENCES)) < 1e-4
+
+
 def test_an_update_without_a_layer_is_a_success_to_the_server(client, sglang_model, tmp_path):
     """SGLang keeps the old layer and says nothing, so whoever pushes must count the tensors and compare a probe."""
     write_tiny_model(tmp_path / "new", seed=1)

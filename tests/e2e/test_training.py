@@ -17,12 +17,22 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.support.launching import ROOT, launch, read_metrics, read_status, train, training_command, write_run_config
+from tests.support.launching import (
+    ROOT,
+    launch,
+    read_metrics,
+    read_status,
+    train,
+    training_command,
+    write_run_config,
+)
 
 VALUES = ("loss", "loss/on_policy", "loss/off_policy", "grad_norm", "lr", "tokens", "tokens/consumed")
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen, log_file: Path, timeout_s: float) -> None:
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen, log_file: Path, timeout_s: float
+) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, log_file.read_text()[-5000:]
@@ -31,7 +41,14 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen, log_fil
 
 
 def export(checkpoint: Path, out: Path) -> dict:
-    command = [sys.executable, "tools/convert_megatron_to_hf.py", "--checkpoint", str(checkpoint), "--out", str(out)]
+    command = [
+        sys.executable,
+        "tools/convert_megatron_to_hf.py",
+        "--checkpoint",
+        str(checkpoint),
+        "--out",
+        str(out),
+    ]
     subprocess.run(command, cwd=ROOT, check=True)
     return load_file(out / "model.safetensors")
 
@@ -69,9 +86,14 @@ def check_exported(folder: Path, student: Path) -> None:
 
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(student).get_vocab()
+    assert (
+        AutoTokenizer.from_pretrained(folder).get_vocab()
+        == AutoTokenizer.from_pretrained(student).get_vocab()
+    )
     before = load_file(student / "model.safetensors")
-    assert all(not before[name].equal(tensor) for name, tensor in load_file(folder / "model.safetensors").items())
+    assert all(
+        not before[name].equal(tensor) for name, tensor in load_file(folder / "model.safetensors").items()
+    )
     assert model.num_parameters() == sum(tensor.numel() for tensor in before.values())
 
 
@@ -106,7 +128,13 @@ def check_records(run: Path) -> None:
         assert line["lag"] == 0
         assert line["push/probe_difference"] < 2e-4
         assert line["rollout/on_policy_share"] == 0.5
-        assert {"time/rollout_s", "time/teacher_s", "time/student_s", "time/push_s", "memory/peak_gib"} <= line.keys()
+        assert {
+            "time/rollout_s",
+            "time/teacher_s",
+            "time/student_s",
+            "time/push_s",
+            "memory/peak_gib",
+        } <= line.keys()
     schema = json.loads((run / "metrics_schema.json").read_text())
     assert read_metrics(run)[0].keys() - {"iteration"} == schema.keys()
     assert all(entry["unit"] and entry["reduce"] for entry in schema.values())

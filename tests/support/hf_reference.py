@@ -36,7 +36,9 @@ def logits(model: Any, ids: Sequence[int]) -> Tensor:
     return model(torch.tensor([list(ids)])).logits[0]
 
 
-def greedy(model: Any, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> tuple[list[int], float]:
+def greedy(
+    model: Any, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]
+) -> tuple[list[int], float]:
     """(completion through the first stop token, smallest distance between the two best logits on the way)."""
     ids, margin = list(prompt), float("inf")
     for _ in range(max_new_tokens):

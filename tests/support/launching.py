@@ -25,7 +25,9 @@ def write_run_config(folder: Path, **sections: Any) -> Path:
             "parallel": {"tensor_model_parallel_size": 2},
         },
         "teacher": {
-            "hf": str(write_tiny_model(folder / "teacher", seed=2, num_layers=2, hidden_size=32, num_heads=2)),
+            "hf": str(
+                write_tiny_model(folder / "teacher", seed=2, num_layers=2, hidden_size=32, num_heads=2)
+            ),
             "parallel": {"pipeline_model_parallel_size": 2},
         },
         "rollout": {"kind": "megatron", "max_new_tokens": 12},
@@ -55,7 +57,9 @@ def training_command(config: Path, *overrides: str, num_ranks: int = 2) -> list[
     ]  # fmt: skip
 
 
-def launch(config: Path, *overrides: str, num_ranks: int = 2, log_file: Path | None = None) -> subprocess.Popen:
+def launch(
+    config: Path, *overrides: str, num_ranks: int = 2, log_file: Path | None = None
+) -> subprocess.Popen:
     """Start the command in a session of its own; its output goes to ``log_file``."""
     with (log_file or config.with_suffix(".log")).open("ab") as output:
         return subprocess.Popen(

@@ -4,6 +4,7 @@ The pool lives long, so what a layout leaves behind (process groups with their t
 """
 
 import contextlib
+import gc
 import multiprocessing
 import queue
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ def destroy_all_groups() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    gc.collect()  # models lie in cycles and hold their groups; each open gloo group has threads that wake 100 times a second
 
 
 def no_kernels() -> Any:
@@ -55,14 +57,16 @@ def no_kernels() -> Any:
     return Kernels(transformer_engine=False, apex_gradient_fusion=False, reason="test")
 
 
-def load_model(source: Path, groups: Any, split: Split, *, is_checkpoint: bool = False, **options: Any) -> Any:
+def load_model(
+    source: Path, groups: Any, split: Split, *, is_checkpoint: bool = False, **options: Any
+) -> Any:
     """This rank's part of the model in a Hugging Face folder or a checkpoint, fp32 unless ``dtype`` is given."""
     from megatron_gkd.checkpoint.weights import WeightSource, load_weights
     from megatron_gkd.config.hf_shapes import load_hf_shapes
     from megatron_gkd.models.gpt import build_gpt
 
-    source = WeightSource(source, is_checkpoint)
-    shapes = load_hf_shapes(source.hf_folder)
+    weights = WeightSource(source, is_checkpoint)
+    shapes = load_hf_shapes(weights.hf_folder)
     dtype = options.pop("dtype", torch.float32)
     model = build_gpt(
         shapes,
@@ -74,7 +78,7 @@ def load_model(source: Path, groups: Any, split: Split, *, is_checkpoint: bool =
         sequence_parallel=split.sequence_parallel,
         **options,
     )
-    load_weights(model, source, shapes, groups, device=torch.device("cpu"), **options)
+    load_weights(model, weights, shapes, groups, device=torch.device("cpu"), **options)
     return model
 
 
@@ -94,7 +98,8 @@ def allow_saving() -> None:
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    multiprocessing.current_process()._config["daemon"] = False
+    process: Any = multiprocessing.current_process()
+    process._config["daemon"] = False
     filesystem_async._results_queue = queue.Queue()
 
 

@@ -48,7 +48,10 @@ def train_reference(student: Path, teacher: Path, batches: list[Batch], recipe: 
     model, judge = load_hf_model(student), load_hf_model(teacher)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]  # norms and biases are not decayed
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), eps=1e-8)
     losses, norms = [], []
     for iteration, batch in enumerate(batches):
@@ -77,8 +80,11 @@ def _batch_loss(model: Any, judge: Any, batch: Batch, recipe: Recipe) -> Tensor:
         student_TV = model(ids).logits[0, rows]
         with torch.no_grad():
             teacher_TV = judge(ids).logits[0, rows]
-        total = total + dense_divergence(
-            student_TV, teacher_TV, recipe.divergence, beta=recipe.beta, temperature=recipe.temperature
-        ).sum()
+        total = (
+            total
+            + dense_divergence(
+                student_TV, teacher_TV, recipe.divergence, beta=recipe.beta, temperature=recipe.temperature
+            ).sum()
+        )
         num_tokens += len(sample.completion_ids)
     return total / num_tokens

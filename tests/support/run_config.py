@@ -6,19 +6,25 @@ from typing import Any
 import yaml
 
 from megatron_gkd.data.sample import Batch, Sample
-from tests.support.on_ranks import Split, no_kernels
+from tests.support.on_ranks import DP, Split, destroy_all_groups, no_kernels
 from tests.support.tiny_models import EOS_ID, PAD_ID, write_prompts
 
 
 def write_config(
-    folder: Path, student: Path, teacher: Path, *, split: Split = Split(), teacher_split: Split = Split(), **sections: Any
+    folder: Path,
+    student: Path,
+    teacher: Path,
+    *,
+    split: Split = DP,
+    teacher_split: Split = DP,
+    **sections: Any,
 ) -> Path:
     """A YAML file for models on fp32 ranks; ``sections`` are merged key by key."""
     folder.mkdir(parents=True, exist_ok=True)
     tree: dict[str, Any] = {
         "student": {"hf": str(student), "parallel": _parallel(split)},
         "teacher": {"hf": str(teacher), "parallel": _parallel(teacher_split), "micro_batch_size": 2},
-        "rollout": {"kind": "megatron", "max_new_tokens": 16},
+        "rollout": {"kind": "sglang", "max_new_tokens": 16},  # nothing here starts an engine
         "data": {"prompts": str(write_prompts(folder / "prompts.jsonl")), "max_prompt_length": 48},
         "train": {
             "train_iters": 5,
@@ -57,7 +63,30 @@ def make_world(rank: int, world_size: int) -> Any:
     return World(Platform(torch.device("cpu"), "gloo", "test"), no_kernels(), rank, world_size)
 
 
-def update(student: Any, teacher: Any, head_VH: Any, batch: Batch, iteration: int, config: Any) -> tuple[Any, float]:
+def build_parts(config: Any, world: Any) -> tuple[Any, Any, Any]:
+    """(student, teacher, shard of the teacher's head). Collective."""
+    from megatron_gkd.train.build import build_student, build_teacher
+
+    student = build_student(config, world)
+    return student, *build_teacher(config, world, student, PAD_ID)
+
+
+def leave() -> None:
+    """Undo ``build_parts``, so that the next layout finds a clean process."""
+    from megatron_gkd.parallel.groups import destroy_student_groups
+
+    destroy_student_groups()
+    destroy_all_groups()
+
+
+def copy_of(model: Any) -> dict[str, Any]:
+    """The weights by name, as they are now."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def update(
+    student: Any, teacher: Any, head_VH: Any, batch: Batch, iteration: int, config: Any
+) -> tuple[Any, float]:
     """One iteration without rollout: (result of the step, mean loss over the completion tokens of all ranks)."""
     import torch
 

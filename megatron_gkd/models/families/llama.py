@@ -17,7 +17,9 @@ LAYER = (
     ),
     WeightMap((_LAYER + "self_attention.linear_proj.weight",), (_HF + "self_attn.o_proj.weight",), "row"),
     WeightMap(
-        (_LAYER + "mlp.linear_fc1.weight",), (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"), "gate_up"
+        (_LAYER + "mlp.linear_fc1.weight",),
+        (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
+        "gate_up",
     ),
     WeightMap((_LAYER + "mlp.linear_fc2.weight",), (_HF + "mlp.down_proj.weight",), "row"),
     WeightMap(

@@ -29,7 +29,9 @@ def load(folder):
 def make_rows(num_rows=12, length=24):
     generator = torch.Generator().manual_seed(1)
     lengths = [length - i % 5 for i in range(num_rows)]
-    return [CalibrationRow(tuple(torch.randint(0, 250, (n,), generator=generator).tolist()), 6) for n in lengths]
+    return [
+        CalibrationRow(tuple(torch.randint(0, 250, (n,), generator=generator).tolist()), 6) for n in lengths
+    ]
 
 
 def make_idle(model, *indices):
@@ -42,13 +44,13 @@ def make_idle(model, *indices):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_added_query_groups_change_nothing_and_can_learn(tmp_path, family):
-    model = load(write_tiny_model(tmp_path, family, hidden_size=48, num_heads=9, num_groups=3, head_dim=16))
+    model = load(write_tiny_model(tmp_path, family, hidden_size=72, num_heads=9, num_groups=3, head_dim=16))
     config = student_config(model.config, (), model.config.intermediate_size, heads=(12, 4))
 
     padded = add_query_groups(model, config)
 
     tokens = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
-    assert padded.model.layers[0].self_attn.q_proj.weight.shape == (12 * 16, 48)
+    assert padded.model.layers[0].self_attn.q_proj.weight.shape == (12 * 16, 72)
     torch.testing.assert_close(padded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
     padded(tokens, labels=tokens).loss.backward()
     assert padded.model.layers[0].self_attn.o_proj.weight.grad[:, 9 * 16 :].norm() > 0
@@ -56,9 +58,13 @@ def test_added_query_groups_change_nothing_and_can_learn(tmp_path, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_checkpoint_keeps_to_its_sizes_and_loads(tmp_path, family):
-    teacher = write_tiny_model(tmp_path / "teacher", family, hidden_size=48, num_heads=3, num_groups=3, head_dim=16, ffn=96)
+    teacher = write_tiny_model(
+        tmp_path / "teacher", family, hidden_size=48, num_heads=3, num_groups=3, head_dim=16, ffn=96
+    )
 
-    report = prune_checkpoint(teacher, tmp_path / "student", make_rows(), keep_ratio=0.8, tp_size=2, num_layers=3)
+    report = prune_checkpoint(
+        teacher, tmp_path / "student", make_rows(), keep_ratio=0.8, tp_size=2, num_layers=3
+    )
 
     student = load(tmp_path / "student")
     assert student.num_parameters() == report.num_parameters <= 0.8 * load(teacher).num_parameters()
@@ -69,7 +75,9 @@ def test_pruned_checkpoint_keeps_to_its_sizes_and_loads(tmp_path, family):
     assert student.config.intermediate_size % 2 == 0
     assert report.added_groups_logit_difference < 1e-4
     assert AutoTokenizer.from_pretrained(tmp_path / "student").chat_template
-    assert json.loads((tmp_path / "student" / "pruning_report.json").read_text())["dropped_layers"] == list(report.dropped_layers)
+    assert json.loads((tmp_path / "student" / "pruning_report.json").read_text())["dropped_layers"] == list(
+        report.dropped_layers
+    )
 
 
 def test_layers_that_do_nothing_are_the_ones_dropped(tmp_path, tiny_llama):
@@ -78,11 +86,13 @@ def test_layers_that_do_nothing_are_the_ones_dropped(tmp_path, tiny_llama):
     teacher.save_pretrained(tmp_path / "teacher")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "teacher")
 
-    report = prune_checkpoint(tmp_path / "teacher", tmp_path / "student", make_rows(), keep_ratio=1.0, num_layers=2)
+    report = prune_checkpoint(
+        tmp_path / "teacher", tmp_path / "student", make_rows(), keep_ratio=1.0, num_layers=2
+    )
 
     assert report.dropped_layers == (1, 2)
     assert report.kl_by_first_dropped_layer[1] == pytest.approx(0, abs=1e-5)
-    assert report.kl_refitted == pytest.approx(0, abs=1e-5)
+    assert report.kl == pytest.approx(0, abs=1e-5)
 
 
 def test_block_search_measures_the_model_without_the_block(tiny_llama):
@@ -100,7 +110,26 @@ def test_refit_starts_closer_to_the_teacher_than_cutting_alone(tmp_path, tiny_ll
     rows = make_rows(num_rows=40)
     report = prune_checkpoint(tiny_llama, tmp_path / "student", rows, keep_ratio=1.0, num_layers=3)
 
-    assert report.kl_refitted < 0.9 * min(report.kl_by_first_dropped_layer.values())
+    assert report.kl < 0.9 * min(report.kl_by_first_dropped_layer.values())
+
+
+def test_without_refit_what_remains_are_rows_of_the_teacher(tmp_path, tiny_llama):
+    report = prune_checkpoint(
+        tiny_llama,
+        tmp_path / "student",
+        make_rows(),
+        keep_ratio=1.0,
+        num_layers=3,
+        ffn_hidden_size=128,
+        refits=False,
+    )
+
+    whole = load(tiny_llama).base_model.layers
+    kept = [whole[i] for i in range(4) if i not in report.dropped_layers]
+    for old, new in zip(kept, load(tmp_path / "student").base_model.layers, strict=True):
+        assert new.self_attn.q_proj.weight.equal(old.self_attn.q_proj.weight)
+        old_columns = {tuple(column) for column in old.mlp.down_proj.weight.T.tolist()}
+        assert {tuple(column) for column in new.mlp.down_proj.weight.T.tolist()} < old_columns
 
 
 def test_only_one_of_two_equal_channels_is_cheap():

@@ -21,6 +21,13 @@ from tests.unit.config.conftest import write_hf_config
         (["teacher.parallel.tensor_model_parallel_size=3"], "does not divide the model's 4 attention heads"),
         (["teacher.parallel.pipeline_model_parallel_size=3"], "does not divide the model's 4 layers"),
         (["data.max_prompt_length=900"], r"= 1156 tokens, but the student was made for 1024"),
+        (
+            [
+                "rollout={kind: megatron}",
+                "student.parallel={tensor_model_parallel_size: 2, sequence_parallel: true}",
+            ],
+            "rollout.kind=megatron",
+        ),
         (["rollout.tensor_model_parallel_size=3"], "does not divide the student's 4 attention heads"),
     ],
 )

@@ -47,7 +47,9 @@ def weight_layouts(draw) -> WeightLayout:
     return WeightLayout(shapes, Layout(tp_size, pp_size, tp_size * pp_size), padded)
 
 
-def local_shapes(weights: WeightLayout, pp_rank: int, *, is_headless: bool = False) -> dict[str, tuple[int, ...]]:
+def local_shapes(
+    weights: WeightLayout, pp_rank: int, *, is_headless: bool = False
+) -> dict[str, tuple[int, ...]]:
     """Parameters of a rank and their shapes, as Megatron's layers define them."""
     s, tp, pp = weights.shapes, weights.layout.tp_size, weights.layout.pp_size
     h, d, vocab = s.hidden_size, s.head_dim, weights.padded_vocab_size // tp
@@ -155,6 +157,14 @@ def test_a_tied_last_stage_reads_its_copy_and_leaves_writing_to_the_first():
     read = {p.parameter: p.tensor for p in rank_slices(weights, tp_rank=0, pp_rank=1)}
     assert read["output_layer.weight"] == "model.embed_tokens.weight"
     assert "output_layer.weight" not in {p.parameter for p in owned_slices(weights, tp_rank=0, pp_rank=1)}
+
+
+def test_a_rank_that_holds_only_padding_still_knows_its_parameters():
+    weights = dataclasses.replace(_example("llama", tied=False, tp_size=2, pp_size=1), padded_vocab_size=64)
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        pieces = [p for p in rank_slices(weights, tp_rank=1, pp_rank=0) if p.parameter == name]
+        assert [p.num_elements for p in pieces] == [0]
+    check_coverage(weights.shapes, all_owned_slices(weights))
 
 
 def _example(family: str, *, tied: bool, tp_size: int, pp_size: int) -> WeightLayout:

@@ -17,7 +17,10 @@ def test_slices_of_two_writers_make_one_file_that_safetensors_loads(tmp_path, dt
     file = MappedSafetensors({"a": (4, 6), "odd": (3,), "b": (2, 2)}, dtype)
     values = {"a": torch.randn(4, 6), "odd": torch.randn(3), "b": torch.randn(2, 2)}
     left = [Slice("p", ((0, 4), (0, 2)), "a", ((0, 4), (4, 6))), Slice("odd", ((0, 3),), "odd", ((0, 3),))]
-    right = [Slice("p", ((0, 4), (0, 4)), "a", ((0, 4), (0, 4))), Slice("b", ((0, 2), (0, 2)), "b", ((0, 2), (0, 2)))]
+    right = [
+        Slice("p", ((0, 4), (0, 4)), "a", ((0, 4), (0, 4))),
+        Slice("b", ((0, 2), (0, 2)), "b", ((0, 2), (0, 2))),
+    ]
     target = tmp_path / "new" / "model.safetensors"
     file.create(target)
     written = file.write(target, {"p": values["a"][:, 4:], "odd": values["odd"]}, left)

@@ -284,6 +284,7 @@ def weights(tmp_path):
 
 def test_an_update_counts_only_when_the_server_reports_the_version(faulty, make_client, weights):
     faulty.scripts["/update_weights_from_disk"] = [(200, {"success": True, "message": "ok"})]
+    faulty.scripts["/flush_cache"] = [(200, b"Cache flushed.")]
     faulty.scripts["/model_info"] = [(200, {"weight_version": "4"})]
     client = make_client()
     client.update_weights_from_disk(weights, 4)
@@ -293,10 +294,26 @@ def test_an_update_counts_only_when_the_server_reports_the_version(faulty, make_
         "model_path": str(weights.resolve()),
         "load_format": "safetensors",
         "weight_version": "4",
-        "flush_cache": True,
+        "flush_cache": False,
     }
+    assert faulty.bodies("/flush_cache") == [{}], "cached keys and values are of the old weights"
     with pytest.raises(StaleWeights, match="reports 4"):
         client.update_weights_from_disk(weights, 5)
+    assert client.weight_version is None
+
+
+def test_an_update_waits_for_requests_that_still_run_before_it_flushes_the_cache(
+    faulty, make_client, weights
+):
+    faulty.scripts["/update_weights_from_disk"] = [(200, {"success": True})]
+    faulty.scripts["/flush_cache"] = [(400, b"Flush cache failed.")]
+    faulty.scripts["/flush_cache?timeout=30"] = [(200, b"Cache flushed."), (400, b"Timed out waiting")]
+    faulty.scripts["/model_info"] = [(200, {"weight_version": "4"})]
+    client = make_client()
+    client.update_weights_from_disk(weights, 4)
+    assert client.weight_version == 4
+    with pytest.raises(EngineReplyInvalid, match="Timed out waiting"):
+        client.update_weights_from_disk(weights, 4)
     assert client.weight_version is None
 
 
@@ -332,6 +349,7 @@ def test_files_that_would_kill_the_server_are_not_handed_to_it(faulty, make_clie
 def test_tensors_are_pushed_between_begin_and_end(faulty, make_client):
     for path in ("/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update"):
         faulty.scripts[path] = [(200, {"success": True})]
+    faulty.scripts["/flush_cache"] = [(200, b"Cache flushed.")]
     faulty.scripts["/model_info"] = [(200, {"weight_version": "4"})]
     client = make_client()
     client.push_tensors([("a", torch.ones(2))], 4, tp_size=2)
@@ -340,6 +358,7 @@ def test_tensors_are_pushed_between_begin_and_end(faulty, make_client):
         "/begin_weight_update",
         "/update_weights_from_tensor",
         "/end_weight_update",
+        "/flush_cache",
         "/model_info",
     ]
     assert len(faulty.requests[1][1]["serialized_named_tensors"]) == 2
