@@ -134,10 +134,20 @@ class Trainer:
                 result = train_step(self.student, self.teacher_head_VH, scored, self.config.loss)
             self._advance(batch, result)
             with timers("push"):
-                self.host.probe = probe_sequences([s.prompt_ids + s.completion_ids for s in batch.samples])
-                engine.push_weights(state.iteration)
-        push = self.host.pusher.last if self.host.pusher else None
+                failure = self._push(engine, batch)
+        push = self.host.pusher.last if self.host.pusher and failure is None else None
         self.records.finish_iteration(state, batch, result, lr, push)
+        if failure is not None:
+            raise failure
+
+    def _push(self, engine: RolloutEngine, batch: Batch) -> EngineError | None:
+        """Push the new weights; a failure is handed back, because the update is done and goes into the records."""
+        self.host.probe = probe_sequences([s.prompt_ids + s.completion_ids for s in batch.samples])
+        try:
+            engine.push_weights(self.state.iteration)
+        except EngineError as error:
+            return error
+        return None
 
     def _collect(self, engine: RolloutEngine) -> Batch:
         config = self.config
