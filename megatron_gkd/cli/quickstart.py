@@ -30,7 +30,7 @@ NUM_LAYERS = 20
 FFN_CHANNELS = 1536
 PRUNING_TOKENS = 1024
 NUM_TRAIN_COMPLETIONS = 256
-NUM_HELD_OUT = 64
+NUM_HELD_OUT = 84
 # the packaged teacher, de-quantised from 4 bits, writes gibberish now and then at temperature 1
 TEMPERATURE = 0.7
 NUM_SHOWN = 4

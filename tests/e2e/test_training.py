@@ -173,6 +173,39 @@ def test_a_mistake_is_refused_before_any_rank_talks_to_another(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
 
 
+CHECK_WITHOUT_TORCH = """
+import runpy, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "megatron", "sglang", "transformers"}:
+            raise ImportError(f"{name} must not be imported")
+
+sys.meta_path.insert(0, Refuse())
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_check_needs_no_torch(tmp_path):
+    config = write_run_config(tmp_path)
+    script = str(ROOT / "launch" / "pretrain_gkd.py")
+    command = [
+        sys.executable,
+        "-c",
+        CHECK_WITHOUT_TORCH,
+        script,
+        "--config",
+        str(config),
+        "--check",
+        "--world-size",
+        "2",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "fine for 2 ranks" in result.stdout
+
+
 def test_unusable_prompts_are_refused_with_their_line_and_noted_in_the_status(tmp_path):
     config = write_run_config(tmp_path)
     with (tmp_path / "prompts.jsonl").open("a") as file:
