@@ -52,6 +52,18 @@ def test_megatron_runs_in_the_ranks(run_on_ranks):
     run_on_ranks(2, use_megatron_collectives)
 
 
+def test_a_rank_that_dies_between_two_calls_is_noticed_and_the_pool_recovers():
+    pool = RankPool(1)
+    try:
+        pool._processes[0].kill()
+        pool._processes[0].join()
+        with pytest.raises(AssertionError, match=r"died"):
+            pool.run(add_ranks, 0.0)
+        pool.run(add_ranks, 0.0)
+    finally:
+        pool.close()
+
+
 def test_a_failing_or_dead_or_silent_rank_is_named_and_the_pool_recovers():
     pool = RankPool(2)
     try:

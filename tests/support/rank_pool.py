@@ -37,11 +37,14 @@ class RankPool:
             AssertionError: A rank raised or died; holds the traceback of the first that was heard of.
             TimeoutError: Some ranks did not finish in time.
         """
-        for pipe in self._pipes:
-            pipe.send(
-                list(sys.path)
-            )  # pytest may have added the folder of fn's module since the ranks started
-            pipe.send((fn, args))
+        try:
+            for pipe in self._pipes:
+                # pytest may have added the folder of fn's module since the ranks started
+                pipe.send(list(sys.path))
+                pipe.send((fn, args))
+        except BrokenPipeError:
+            self._restart()
+            raise AssertionError(f"one of {self.world_size} ranks died between two calls") from None
         pending = dict(zip(self._pipes, range(self.world_size), strict=True))
         while pending:
             ready = wait(list(pending), timeout=self.timeout_s)
