@@ -20,13 +20,12 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_gkd.checkpoint.hf import copy_side_files
 from megatron_gkd.checkpoint.integrity import (
-    CheckpointError,
     check_everywhere,
     read_manifest,
     sync_folder,
     write_manifest,
 )
-from megatron_gkd.checkpoint.weights import HF_FILES, WEIGHTS
+from megatron_gkd.checkpoint.weights import HF_FILES, WEIGHTS, fill_model
 from megatron_gkd.parallel.collectives import broadcast_json
 from megatron_gkd.parallel.groups import ModelGroups
 
@@ -98,12 +97,7 @@ class CheckpointStore:
         same_layout = read_manifest(folder).get("layout") == self._facts(0)["layout"]
         wanted = self._sharded(model, optimizer, with_rng=same_layout, is_loading=True)
         loaded: Any = dist_checkpointing.load(wanted, str(folder / WEIGHTS))
-        result = model.load_state_dict(loaded["model"], strict=False)
-        missing = [name for name in result.missing_keys if "_extra_state" not in name]
-        if missing or result.unexpected_keys:
-            raise CheckpointError(
-                f"{folder} does not fit the student: missing {missing}, extra {result.unexpected_keys}"
-            )
+        fill_model(model, loaded["model"], folder)
         optimizer.load_state_dict(loaded["optimizer"])
         if same_layout:
             _set_rng_state(loaded[_RNG])

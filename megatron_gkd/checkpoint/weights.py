@@ -138,9 +138,16 @@ def _load_checkpoint(
     else:
         wanted = model.sharded_state_dict(metadata=metadata)
     state: Any = dist_checkpointing.load(wanted, str(folder / WEIGHTS))
-    weights = {
-        name: value for name, value in state.items() if name in wanted
-    }  # a run's has optimizer facts beside
+    # beside the weights a run's checkpoint has facts about its optimizer
+    fill_model(model, {name: value for name, value in state.items() if name in wanted}, folder)
+
+
+def fill_model(model: GPTModel, weights: dict[str, Any], folder: Path) -> None:
+    """Load a state dict that came from ``folder``.
+
+    Raises:
+        CheckpointError: It lacks a parameter of the model, or has one more.
+    """
     result = model.load_state_dict(weights, strict=False)
     missing = [name for name in result.missing_keys if "_extra_state" not in name]
     if missing or result.unexpected_keys:

@@ -131,26 +131,16 @@ def _prepare(folders: Folders) -> None:
     max_new_tokens = yaml.safe_load(CONFIG.read_text())["rollout"]["max_new_tokens"] - 4
     folders.root.mkdir(parents=True, exist_ok=True)
     _make(folders.teacher, lambda out: write_smollm2(out))
-    _make(
-        folders.train_data,
-        lambda out: write_completions(
-            folders.teacher,
-            _prompts(PROMPTS)[:NUM_TRAIN_COMPLETIONS],
-            out,
-            max_new_tokens=max_new_tokens,
-            temperature=TEMPERATURE,
-        ),
-    )
-    _make(
-        folders.held_out_data,
-        lambda out: write_completions(
-            folders.teacher,
-            _prompts(HELD_OUT)[:NUM_HELD_OUT],
-            out,
-            max_new_tokens=max_new_tokens,
-            temperature=TEMPERATURE,
-        ),
-    )
+    for prompts, target in (
+        (_prompts(PROMPTS)[:NUM_TRAIN_COMPLETIONS], folders.train_data),
+        (_prompts(HELD_OUT)[:NUM_HELD_OUT], folders.held_out_data),
+    ):
+        _make(
+            target,
+            lambda out, prompts=prompts: write_completions(
+                folders.teacher, prompts, out, max_new_tokens=max_new_tokens, temperature=TEMPERATURE
+            ),
+        )
     _make(
         folders.pruned,
         lambda out: _run_tool_script(

@@ -91,9 +91,8 @@ def _generate(
     length_B = torch.tensor(lengths, device=device)
     seed_B = torch.tensor(seeds, dtype=torch.int64, device=device)
     stop_ids = torch.tensor(rule.stop_token_ids, dtype=torch.long, device=device)
-    completed_B = torch.zeros(
-        len(prompts), dtype=torch.long, device=device
-    )  # length of a finished completion, else 0
+    # length of a finished completion, else 0
+    completed_B = torch.zeros(len(prompts), dtype=torch.long, device=device)
     stages = _Stages(model, groups, len(prompts), end)
     start = 0
     for position in range(min(lengths), end):

@@ -94,9 +94,8 @@ class MappedSafetensors:
             self._offsets[name] = position
             position += size
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (
-            -(len(text) + 8) % _ALIGNMENT
-        )  # so that every tensor starts at a multiple of its item size
+        # so that every tensor starts at a multiple of its item size
+        text += b" " * (-(len(text) + 8) % _ALIGNMENT)
         self._header = len(text).to_bytes(8, "little") + text
         self.num_data_bytes = position
         self._start = len(self._header)

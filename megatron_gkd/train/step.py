@@ -5,6 +5,7 @@ entries of this rank.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -89,7 +90,7 @@ def train_step(
         on_policy, off_policy = torch.stack([report["loss_sums_2"] for report in reports]).sum(0).tolist()
     device = next(student.model.parameters()).device
     is_bad = not (
-        has_finite_gradients(student.ddp) and on_policy - on_policy == 0 and off_policy - off_policy == 0
+        has_finite_gradients(student.ddp) and math.isfinite(on_policy) and math.isfinite(off_policy)
     )
     if any_rank(is_bad, device=device):
         return StepResult(on_policy, off_policy, float("nan"), is_skipped=True)
