@@ -30,7 +30,7 @@ NUM_LAYERS = 20
 FFN_CHANNELS = 1536
 PRUNING_TOKENS = 1024
 NUM_TRAIN_COMPLETIONS = 256
-NUM_HELD_OUT = 84
+NUM_HELD_OUT = 80
 # the packaged teacher, de-quantised from 4 bits, writes gibberish now and then at temperature 1
 TEMPERATURE = 0.7
 NUM_SHOWN = 4
@@ -77,6 +77,11 @@ class Folders:
     def held_out_data(self) -> Path:
         """Held-out prompts with the teacher's completions."""
         return self.root / "held_out.jsonl"
+
+    @property
+    def before(self) -> Path:
+        """JSON: the student's distance from the teacher before training, the constant's, and texts of both."""
+        return self.root / "before.json"
 
     @property
     def run(self) -> Path:
@@ -152,6 +157,7 @@ def _prepare(folders: Folders) -> None:
         _make(
             out, lambda made, hf=hf: _run_tool_script("convert_hf_to_megatron.py", "--hf", hf, "--out", made)
         )
+    _make(folders.before, lambda out: out.write_text(json.dumps(_judge_before(folders), indent=1) + "\n"))
 
 
 def _make(target: Path, work: Callable[[Path], object]) -> None:
@@ -191,34 +197,56 @@ def _run_tool_script(name: str, *arguments: object) -> None:
     subprocess.run(command, check=True)
 
 
-def _judge(folders: Folders) -> dict:
-    from megatron_gkd.report.held_out import held_out_kl, load_completions, write_completions
+def _judge_before(folders: Folders) -> dict:
+    from megatron_gkd.report.held_out import held_out_kl, load_completions
 
-    students = {"before": folders.pruned, "after": folders.trained}
-    measured = held_out_kl(folders.teacher, students, load_completions(folders.held_out_data))
-    shown = _prompts(HELD_OUT)[:NUM_SHOWN]
-    texts = {
-        name: [c.completion for c in write_completions(folder, shown, None, max_new_tokens=SHOWN_TOKENS)]
-        for name, folder in {"teacher": folders.teacher, **students}.items()
-    }
-    lines = [json.loads(line) for line in (folders.run / "metrics.jsonl").read_text().splitlines()]
-    config = load_config(folders.run / "config.yaml")
-    num_on_policy = sum(line["rollout/tokens"] for line in lines)
+    measured = held_out_kl(
+        folders.teacher, {"before": folders.pruned}, load_completions(folders.held_out_data)
+    )
     return {
         "held_out_forward_kl_before": measured.students["before"],
-        "held_out_forward_kl_after": measured.students["after"],
         "held_out_forward_kl_constant": measured.constant,
         "held_out_tokens": measured.tokens,
+        "texts": {"teacher": _texts(folders.teacher), "before": _texts(folders.pruned)},
+    }
+
+
+def _judge(folders: Folders) -> dict:
+    from megatron_gkd.report.held_out import held_out_kl, load_completions
+
+    before = json.loads(folders.before.read_text())
+    measured = held_out_kl(
+        folders.teacher, {"after": folders.trained}, load_completions(folders.held_out_data)
+    )
+    texts = {**before.pop("texts"), "after": _texts(folders.trained)}
+    lines = [json.loads(line) for line in (folders.run / "metrics.jsonl").read_text().splitlines()]
+    num_on_policy = sum(line["rollout/tokens"] for line in lines)
+    return {
+        **before,
+        "held_out_forward_kl_after": measured.students["after"],
         "iterations": len(lines),
         "tokens_trained": int(lines[-1]["tokens/consumed"]),
         "on_policy_tokens_per_iteration_min": int(min(line["rollout/tokens"] for line in lines)),
         "on_policy_share": num_on_policy / lines[-1]["tokens/consumed"],
-        "lmbda": config.gkd.lmbda,
+        "lmbda": load_config(folders.run / "config.yaml").gkd.lmbda,
         "samples": [
             {"prompt": prompt[-1]["content"], **{name: texts[name][i] for name in texts}}
-            for i, prompt in enumerate(shown)
+            for i, prompt in enumerate(_shown_prompts())
         ],
     }
+
+
+def _texts(folder: Path) -> list[str]:
+    """What a model answers greedily to the prompts that are shown."""
+    from megatron_gkd.report.held_out import write_completions
+
+    return [
+        c.completion for c in write_completions(folder, _shown_prompts(), None, max_new_tokens=SHOWN_TOKENS)
+    ]
+
+
+def _shown_prompts() -> list[list[dict[str, str]]]:
+    return _prompts(HELD_OUT)[:NUM_SHOWN]
 
 
 def _show(result: dict, file: Path) -> None:

@@ -1,7 +1,7 @@
 """SGLang on a CPU without sgl-kernel, AMX or Triton kernels, through SGLang's own plugin interface.
 
 An out-of-tree platform (every fused op falls back to ``forward_native``, torch-native attention and KV allocator, gloo)
-and three small hooks for seeded sampling; no SGLang file is changed. SGLang finds both through the entry points
+and small hooks for seeded sampling and a faster decode step; no SGLang file is changed. SGLang finds both through the entry points
 ``sglang.srt.platforms`` and ``sglang.srt.plugins`` of this package, so the package must be installed. The name of the
 entry point, ``torch_cpu``, is what SGLANG_PLATFORM selects. Where CUDA is available nothing is activated unless
 SGLANG_PLATFORM=torch_cpu. Written for sglang 0.5.23; the interface differs in earlier releases.
@@ -33,6 +33,7 @@ def register_hooks() -> None:
     from sglang.srt.arg_groups import choices
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from megatron_gkd.platform.batched_decode import decode_attention
     from megatron_gkd.platform.seeded_sampling import sample_with_seed
 
     # torch-native attention computes one sequence at a time (no split-KV), so a seed per request is meaningful;
@@ -53,6 +54,11 @@ def register_hooks() -> None:
     # SGLang's own needs an op of sgl_kernel on CPU
     HookRegistry.register(
         "sglang.srt.layers.sampler.multinomial_with_seed", sample_with_seed, HookType.REPLACE
+    )
+    HookRegistry.register(
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode",
+        decode_attention,
+        HookType.AROUND,
     )
 
 
