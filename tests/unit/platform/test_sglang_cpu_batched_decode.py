@@ -52,7 +52,7 @@ def test_encoder_decoder_models_keep_sglangs_own_function():
     )  # fmt: skip
     assert calls == [
         (
-            tuple("sqokvtrl") + ("encoder",),
+            (*tuple("sqokvtrl"), "encoder"),
             {"scaling": 0.5, "sliding_window_size": None, "is_cross_attn": True},
         )
     ]
