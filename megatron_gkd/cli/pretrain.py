@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.check:
         sys.stdout.write(f"the configuration is fine for {options.world_size or world_size} ranks\n")
         return 0
-    return _train(config)
+    return _dry_run(config) if options.dry_run else _train(config)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,6 +47,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--check", action="store_true", help="check the configuration and exit; needs no torch"
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="two updates on synthetic batches of the largest shapes; prints memory and times, writes nothing",
+    )
+    parser.add_argument(
         "--world-size", type=int, default=None, metavar="N", help="with --check: number of ranks to check for"
     )
     parser.add_argument(
@@ -56,6 +61,26 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.world_size is not None and not options.check:
         parser.error("--world-size goes with --check; a run takes its size from torchrun")
     return options
+
+
+def _dry_run(config: GkdConfig) -> int:
+    from megatron_gkd.observability.log import configure_logging
+
+    rank = int(os.environ.get("RANK", "0"))
+    configure_logging(config.logging.level, rank)
+    from megatron_gkd.platform.device import prepare_process
+
+    platform = prepare_process()
+    from megatron_gkd.data.tokenizer import DataError
+    from megatron_gkd.train.dry_run import dry_run
+
+    try:
+        report = dry_run(config, platform)
+    except (ConfigError, DataError) as error:
+        return _refuse(str(error), None)
+    if rank == 0:
+        sys.stdout.write(f"{report}\n")
+    return 0
 
 
 def _train(config: GkdConfig) -> int:

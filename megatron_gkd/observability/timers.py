@@ -43,6 +43,11 @@ class Timers:
             self._running.discard(name)
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage since the last ``record``."""
+        return dict(self._seconds)
+
     def record(self, metrics: Metrics) -> None:
         """Hand the seconds to ``metrics`` as ``time/<name>_s`` (the slowest rank counts) and start anew."""
         for name, seconds in self._seconds.items():

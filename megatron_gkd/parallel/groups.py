@@ -85,6 +85,14 @@ def init_single_process(backend: str) -> None:
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
+def join_job(backend: str) -> None:
+    """The process group of a command: all ranks that torchrun started, or this process alone."""
+    if dist.is_torchelastic_launched():
+        init_distributed(backend)
+    else:
+        init_single_process(backend)
+
+
 def init_student_groups(tp_size: int, pp_size: int, seed: int) -> ModelGroups:
     """Process groups of the student on all ranks, through Megatron's global state. Collective.
 

@@ -1,6 +1,7 @@
 """Build the parts of a run from the configuration: the only place that reads the whole tree."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.schema import ModelConfig
 from megatron_gkd.data.prompts import PromptLoader, load_prompts
+from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.data.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
 from megatron_gkd.models.gpt import HiddenTap, build_gpt
 from megatron_gkd.optim.optimizer import build_optimizer, wrap_ddp
@@ -198,6 +200,26 @@ def build_loader(config: GkdConfig, tokenizer: Tokenizer) -> PromptLoader:
     )
     log.info("Prompts: %s", prompts.summary())
     return PromptLoader(prompts, seed=config.train.seed, shuffle=config.data.shuffle)
+
+
+def make_micro_batches(config: GkdConfig, groups: ModelGroups, batch: Batch, pad_id: int) -> list[MicroBatch]:
+    """This rank's part of the batch, padded to a length that student and teacher can split.
+
+    Args:
+        config: Says how large a micro-batch is and who splits sequences.
+        groups: The student's.
+        batch: All samples of the iteration.
+        pad_id: Token that fills the sequences up.
+    """
+    parallel = (config.student.parallel, config.teacher.parallel)
+    multiple_of = math.lcm(*(p.tensor_model_parallel_size if p.sequence_parallel else 1 for p in parallel))
+    return batch.micro_batches(
+        config.train.micro_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.layout.dp_size,
+        seq_length=batch.padded_length(multiple_of),
+        pad_id=pad_id,
+    )
 
 
 def start_world(platform: Platform, kernels: Kernels) -> World:

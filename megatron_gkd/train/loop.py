@@ -1,7 +1,6 @@
 """The run: one iteration after the other, strictly on-policy, saved and stopped in order."""
 
 import logging
-import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from megatron_gkd.observability.status import State
 from megatron_gkd.parallel.collectives import any_rank
 from megatron_gkd.rollout.engine import EngineError, RolloutEngine
 from megatron_gkd.teacher.engine import TeacherEngine
-from megatron_gkd.train.build import Student, World, build_student, build_teacher
+from megatron_gkd.train.build import Student, World, build_student, build_teacher, make_micro_batches
 from megatron_gkd.train.collect import collect_batch
 from megatron_gkd.train.engines import EngineHost
 from megatron_gkd.train.probe import probe_sequences
@@ -125,7 +124,7 @@ class Trainer:
         with timers("iteration"):
             with timers("rollout"):
                 batch = self._collect(engine)
-            micro_batches = self._micro_batches(batch)
+            micro_batches = make_micro_batches(self.config, self.student.groups, batch, self.tokenizer.pad_id)
             with timers("teacher"):
                 signals = self.teacher.score(batch, micro_batches)
             with timers("student"):
@@ -165,20 +164,6 @@ class Trainer:
         except EngineError:
             self.loader.load_state_dict(position)  # no prompt of the unfinished iteration is lost
             raise
-
-    def _micro_batches(self, batch: Batch):
-        parallel = [self.config.student.parallel, self.config.teacher.parallel]
-        multiple_of = math.lcm(
-            *(p.tensor_model_parallel_size if p.sequence_parallel else 1 for p in parallel)
-        )
-        groups = self.student.groups
-        return batch.micro_batches(
-            self.config.train.micro_batch_size,
-            dp_rank=groups.dp_rank,
-            dp_size=groups.layout.dp_size,
-            seq_length=batch.padded_length(multiple_of),
-            pad_id=self.tokenizer.pad_id,
-        )
 
     def _advance(self, batch: Batch, result: StepResult) -> None:
         state = self.state

@@ -8,7 +8,7 @@ from megatron_gkd.config import GkdConfig
 from megatron_gkd.data.prompts import PromptLoader
 from megatron_gkd.data.tokenizer import Tokenizer
 from megatron_gkd.observability.status import State
-from megatron_gkd.parallel.groups import init_distributed, init_single_process
+from megatron_gkd.parallel.groups import join_job
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import detect_kernels
 from megatron_gkd.train.build import build_loader, build_tokenizer, start_world
@@ -68,10 +68,7 @@ class Run:
             dist.destroy_process_group()
 
     def _build(self, tokenizer: Tokenizer, loader: PromptLoader) -> None:
-        if dist.is_torchelastic_launched():
-            init_distributed(self._platform.collective_backend)
-        else:
-            init_single_process(self._platform.collective_backend)
+        join_job(self._platform.collective_backend)
         kernels = detect_kernels(on_cpu=self._platform.is_cpu)
         world = start_world(self._platform, kernels)
         log.info("%d ranks on %s (%s); %s", world.size, world.device, self._platform.reason, kernels.reason)

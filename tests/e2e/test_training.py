@@ -219,3 +219,19 @@ def test_unusable_prompts_are_refused_with_their_line_and_noted_in_the_status(tm
     status = read_status(tmp_path / "run")
     assert status["state"] == "refused"
     assert "prompts.jsonl:21" in status["reason"]
+
+
+def test_a_dry_run_shows_memory_and_times_and_writes_nothing(tmp_path):
+    config = write_run_config(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    result = subprocess.run(
+        training_command(config, "--dry-run"),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert "8 samples of 76 tokens = 608 tokens per iteration" in result.stdout
+    for words in ("teacher", "student", "rank 0: peak memory", "rank 1: peak memory"):
+        assert words in result.stdout
+    assert sorted(tmp_path.rglob("*")) == before

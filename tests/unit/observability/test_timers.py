@@ -22,8 +22,10 @@ def test_seconds_of_a_stage_add_up_until_they_are_recorded():
         with timers("teacher"):
             clock.now += seconds
         clock.now += 100  # outside
+    assert timers.seconds == {"teacher": 3.5}
     timers.record(metrics)
     assert metrics.take() == [Metric("time/teacher_s", 3.5, "s", "max")]
+    assert timers.seconds == {}
     timers.record(metrics)
     assert metrics.take() == []
 

@@ -1,0 +1,102 @@
+"""Two iterations on synthetic batches of the largest shapes: does the run fit, and how long will an update take?"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_gkd.config import GkdConfig
+from megatron_gkd.data.sample import Batch, Sample
+from megatron_gkd.observability.timers import Timers
+from megatron_gkd.parallel.collectives import reduce_values
+from megatron_gkd.parallel.groups import join_job
+from megatron_gkd.platform.device import Platform
+from megatron_gkd.platform.kernels import detect_kernels
+from megatron_gkd.train.build import (
+    build_student,
+    build_teacher,
+    build_tokenizer,
+    make_micro_batches,
+    start_world,
+)
+from megatron_gkd.train.step import attach_signals, train_step
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+NUM_ITERATIONS = 2
+STAGES = ("teacher", "student")
+
+
+def dry_run(config: GkdConfig, platform: Platform) -> str:
+    """Build student and teacher, update the student twice, write nothing. Collective.
+
+    Every sample has ``data.max_prompt_length`` + ``rollout.max_new_tokens`` tokens: no iteration of the run is larger.
+
+    Args:
+        config: Checked configuration.
+        platform: The device of this process.
+
+    Returns:
+        Table of stage times and of peak memory per rank, the same on all ranks.
+
+    Raises:
+        ValueError: Student and teacher have different vocabularies.
+    """
+    tokenizer = build_tokenizer(config)
+    join_job(platform.collective_backend)
+    try:
+        world = start_world(platform, detect_kernels(on_cpu=platform.is_cpu))
+        student = build_student(config, world)
+        teacher, teacher_head_VH = build_teacher(config, world, student, tokenizer.pad_id)
+        seconds = []
+        for iteration in range(NUM_ITERATIONS):
+            batch = largest_batch(config, student.shapes.vocab_size, seed=iteration)
+            micro_batches = make_micro_batches(config, student.groups, batch, tokenizer.pad_id)
+            timers = Timers(platform.synchronize)
+            with timers("teacher"):
+                signals = teacher.score(batch, micro_batches)
+            with timers("student"):
+                student.schedule.set_iteration(iteration)
+                scored = attach_signals(batch, micro_batches, signals)
+                train_step(student, teacher_head_VH, scored, config.loss)
+            slowest = reduce_values(
+                [timers.seconds[stage] for stage in STAGES], ["max"] * len(STAGES), device=world.device
+            )
+            seconds.append(slowest)
+            log.info("Dry iteration %d of %d took %.1f s", iteration + 1, NUM_ITERATIONS, sum(slowest))
+        own_peak = [platform.peak_memory_bytes() * (rank == world.rank) for rank in range(world.size)]
+        peaks = reduce_values(own_peak, ["sum"] * world.size, device=world.device)
+    finally:
+        dist.destroy_process_group()
+    return _report(config, seconds, peaks)
+
+
+def largest_batch(config: GkdConfig, vocab_size: int, seed: int) -> Batch:
+    """Random ids in as many and as long samples as an iteration can have."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (config.train.global_batch_size, config.seq_length)
+    rows = torch.randint(vocab_size, shape, generator=generator).tolist()
+    cut = config.data.max_prompt_length
+    return Batch(
+        tuple(
+            Sample(row, 0, tuple(ids[:cut]), tuple(ids[cut:]), True, "length", 0)
+            for row, ids in enumerate(rows)
+        )
+    )
+
+
+def _report(config: GkdConfig, seconds: Sequence[Sequence[float]], peaks: Sequence[float]) -> str:
+    tokens = config.train.global_batch_size * config.seq_length
+    lines = [
+        f"{config.train.global_batch_size} samples of {config.seq_length} tokens = {tokens} tokens per iteration",
+        f"{'stage':<10}{'first':>10}{'second':>10}",
+        *(
+            f"{stage:<10}" + "".join(f"{times[i]:>8.2f} s" for times in seconds)
+            for i, stage in enumerate(STAGES)
+        ),
+        *(f"rank {rank}: peak memory {peak / GIB:.2f} GiB" for rank, peak in enumerate(peaks)),
+        f"generation (rollout.kind={config.rollout.kind}) and its memory are not part of a dry run; nothing was written",
+    ]
+    return "\n".join(lines)
