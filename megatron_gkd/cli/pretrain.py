@@ -70,7 +70,10 @@ def _dry_run(config: GkdConfig) -> int:
     configure_logging(config.logging.level, rank)
     from megatron_gkd.platform.device import prepare_process
 
-    platform = prepare_process()
+    try:
+        platform = prepare_process()
+    except ConfigError as error:
+        return _refuse(str(error), None)
     from megatron_gkd.data.tokenizer import DataError
     from megatron_gkd.train.dry_run import dry_run
 
@@ -97,12 +100,15 @@ def _train(config: GkdConfig) -> int:
 def _train_or_report(config: GkdConfig, rank: int) -> int:
     from megatron_gkd.platform.device import prepare_process
 
-    platform = prepare_process()
+    try:
+        platform = prepare_process()
+    except ConfigError as error:
+        return _refuse(str(error), config)
     from megatron_gkd.checkpoint.integrity import CheckpointError
     from megatron_gkd.data.tokenizer import DataError
     from megatron_gkd.train.main import Run
 
-    run = Run(config, platform)
+    run = Run(config, platform, rank)
     try:
         run.prepare()
     except (ConfigError, DataError, CheckpointError) as error:

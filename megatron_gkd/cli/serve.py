@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_gkd.cli.outcome import run_tool
 from megatron_gkd.serving.command import ServerSettings
-from megatron_gkd.serving.process import ServerProcess
+from megatron_gkd.serving.process import ServerProcess, is_free_port
 
 POLL_S = 0.5
 
@@ -46,6 +46,10 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
     api_key = os.environ.get(options.api_key_env) if options.api_key_env else None
     if options.api_key_env and not api_key:
         raise ValueError(f"the environment variable {options.api_key_env} named by --api-key-env is not set")
+    if options.port and not is_free_port(options.host, options.port):
+        raise ValueError(
+            f"--port {options.port} is in use on {options.host}; choose another or leave it out for a free one"
+        )
     return ServerSettings(
         model_folder=options.model,
         context_length=options.context_length,

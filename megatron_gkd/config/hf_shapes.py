@@ -43,6 +43,16 @@ class HfShapes:
     eos_token_ids: tuple[int, ...]
     """From config.json and generation_config.json, in that order; generation stops at any of them."""
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the Hugging Face model, a tied embedding counted once."""
+        queries, groups = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
+        attention = 2 * self.hidden_size * (queries + groups)
+        attention += (queries + 2 * groups) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        return embeddings + self.num_layers * layer + self.hidden_size
+
 
 def load_hf_shapes(folder: Path) -> HfShapes:
     """Read ``folder``/config.json (and generation_config.json for further end-of-sequence tokens).

@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 
 from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
+from megatron_gkd.config.weight_files import find_checkpoint_problems, find_hf_problems, find_output_problems
 
 if TYPE_CHECKING:
     from megatron_gkd.config.schema import GkdConfig, ModelConfig
+
+
+# weights, the fp32 copy that bf16 training keeps, and Adam's two moments
+CHECKPOINT_BYTES_PER_PARAMETER = {"fp32": 4 + 4 + 4, "bf16": 2 + 4 + 4 + 4}
 
 
 def find_file_problems(config: "GkdConfig") -> list[str]:
@@ -28,12 +33,14 @@ def find_file_problems(config: "GkdConfig") -> list[str]:
         except ConfigError as error:
             problems.append(str(error))
             continue
+        problems += _weight_problems(name, model)
         problems += _layout_problems(name, model, shapes[name])
         problems += _length_problems(config, name, shapes[name])
     if len(shapes) == 2:
         problems += _vocabulary_problems(config, shapes["student"], shapes["teacher"])
     if "student" in shapes:
         problems += _server_problems(config, shapes["student"])
+        problems += _output_problems(config, shapes["student"])
     return problems
 
 
@@ -80,6 +87,22 @@ def _load_shapes(name: str, model: "ModelConfig") -> HfShapes:
         return load_hf_shapes(model.hf_folder)
     except ConfigError as error:
         raise ConfigError(f"{name}.{key}={str(source)!r}: {error}") from None
+
+
+def _weight_problems(name: str, model: "ModelConfig") -> Iterator[str]:
+    if model.hf is not None:
+        for problem in find_hf_problems(model.hf):
+            yield f"{name}.hf={str(model.hf)!r}: {problem}"
+    elif model.checkpoint is not None:
+        for problem in find_checkpoint_problems(model.checkpoint):
+            yield f"{name}.checkpoint={str(model.checkpoint)!r}: {problem}"
+
+
+def _output_problems(config: "GkdConfig", student: HfShapes) -> Iterator[str]:
+    folder = config.train.output_dir
+    needed = student.num_parameters * CHECKPOINT_BYTES_PER_PARAMETER[config.train.precision]
+    for problem in find_output_problems(folder, needed):
+        yield f"train.output_dir={str(folder)!r}: {problem}"
 
 
 def _batch_problems(config: "GkdConfig") -> Iterator[str]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_gkd.config.errors import ConfigError
+
 KIB = 1024
 
 
@@ -42,12 +44,16 @@ class Platform:
 
 
 def detect_platform() -> Platform:
-    """CUDA with NCCL where a GPU is visible, CPU with gloo elsewhere. Binds this process to its local GPU."""
+    """CUDA with NCCL where a GPU is visible, CPU with gloo elsewhere. Binds this process to its local GPU.
+
+    Raises:
+        ConfigError: More ranks than GPUs were started.
+    """
     if not torch.cuda.is_available():
         return Platform(torch.device("cpu"), "gloo", "no CUDA device is visible")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
-        raise RuntimeError(
+        raise ConfigError(
             f"LOCAL_RANK={local_rank} but only {torch.cuda.device_count()} CUDA devices are visible; "
             "start at most one rank per GPU (torchrun --nproc-per-node)"
         )

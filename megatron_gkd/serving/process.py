@@ -191,13 +191,22 @@ def find_free_port() -> int:
     """A TCP port on which nobody listens now."""
     chooser = random.SystemRandom()  # not the training seed: two jobs would choose the same
     for port in chooser.sample(PORTS, 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+        if is_free_port("127.0.0.1", port):
             return port
     raise EngineError(f"no free TCP port among 100 tried from {PORTS.start} to {PORTS.stop}")
+
+
+def is_free_port(host: str, port: int) -> bool:
+    """Whether a server could listen there now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as servers do: not blocked by closed connections
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
 def _without_secret(command: list[str], secret: str | None) -> list[str]:

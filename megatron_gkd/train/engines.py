@@ -27,6 +27,11 @@ PROBE_TOLERANCE = {"fp32": 2e-4, "bf16": 5e-2}
 TMPFS = Path("/dev/shm")
 
 
+def push_base(config: GkdConfig, rollout: SglangRolloutConfig) -> Path:
+    """Folder below which weights are handed to the server."""
+    return rollout.push_dir or (TMPFS if TMPFS.is_dir() else config.train.output_dir)
+
+
 class EngineHost:
     """Owns what a run's engine needs outside the model: the server process, if the run starts one, and the push folder.
 
@@ -146,7 +151,7 @@ class EngineHost:
         self, rollout: SglangRolloutConfig, student: Student, clients: list[SglangClient]
     ) -> WeightPusher:
         config = self._config
-        base = rollout.push_dir or (TMPFS if TMPFS.is_dir() else config.train.output_dir)
+        base = push_base(config, rollout)
         name = self._broadcast(f"megatron_gkd-{secrets.token_hex(6)}" if self._world.is_leader else None)
         folder = self._push_folder = base / name
         if self._world.is_leader:

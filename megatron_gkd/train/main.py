@@ -14,6 +14,7 @@ from megatron_gkd.platform.kernels import detect_kernels
 from megatron_gkd.train.build import build_loader, build_tokenizer, start_world
 from megatron_gkd.train.engines import EngineHost
 from megatron_gkd.train.loop import StopRequest, Trainer, build_trainer
+from megatron_gkd.train.preconditions import require_engine
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +25,11 @@ class Run:
     Args:
         config: Checked configuration.
         platform: The device of this process.
+        rank: Of this process in the job.
     """
 
-    def __init__(self, config: GkdConfig, platform: Platform):
-        self._config, self._platform = config, platform
+    def __init__(self, config: GkdConfig, platform: Platform, rank: int):
+        self._config, self._platform, self._rank = config, platform, rank
         self._stop = StopRequest()
         self._host: EngineHost | None = None
         self._trainer: Trainer | None = None
@@ -46,6 +48,7 @@ class Run:
         self._stop.listen()
         tokenizer = build_tokenizer(self._config)
         loader = build_loader(self._config, tokenizer)
+        require_engine(self._config, is_leader=self._rank == 0)
         self._build(tokenizer, loader)
 
     def train(self) -> State:

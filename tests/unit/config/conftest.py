@@ -1,4 +1,4 @@
-"""A configuration whose files exist, without weights: config.json is all that the checks read."""
+"""A configuration whose files exist; the models have no weights, only files that look whole."""
 
 import json
 from pathlib import Path
@@ -29,6 +29,7 @@ def write_hf_config(folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = {key: value for key, value in (HF_CONFIG | changes).items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return folder
 
 

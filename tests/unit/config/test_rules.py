@@ -66,6 +66,7 @@ def test_an_unsupported_model_is_named_by_its_key_and_file(config_file, tmp_path
 
 def test_a_checkpoint_keeps_its_hugging_face_files_in_hf(config_file, tmp_path):
     write_hf_config(tmp_path / "checkpoint" / "hf")
+    (tmp_path / "checkpoint" / "manifest.json").write_text('{"files": {}}')
     config = load_config(config_file, ["student.hf=null", f"student.checkpoint={tmp_path / 'checkpoint'}"])
     assert config.student.hf_folder == tmp_path / "checkpoint" / "hf"
     assert load_config(config_file).student.hf_folder == Path(tmp_path / "student")

@@ -1,0 +1,89 @@
+"""What this machine must offer before a run starts; found here, where no process waits for another yet.
+
+What can be told from the configuration and the files alone is in ``config.rules``, so that ``--check`` tells it too.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from megatron_gkd.config import ConfigError, GkdConfig
+from megatron_gkd.config.hf_shapes import load_hf_shapes
+from megatron_gkd.config.rollout import SglangRolloutConfig
+from megatron_gkd.serving.client import SglangClient
+from megatron_gkd.serving.errors import EngineError
+from megatron_gkd.train.build import DTYPES
+from megatron_gkd.train.engines import push_base
+
+GIB = 2**30
+CHECK_TIMEOUT_S = 30.0
+PUSH_COPIES = 2  # the new weights are written while the server may still read the last ones
+
+
+def require_engine(config: GkdConfig, *, is_leader: bool) -> None:
+    """Refuse a run whose generation engine could not work here.
+
+    Args:
+        config: Checked configuration.
+        is_leader: Whether this is rank 0, which alone talks to servers.
+
+    Raises:
+        ConfigError: Lists all problems.
+    """
+    rollout = config.rollout
+    if not isinstance(rollout, SglangRolloutConfig):
+        return
+    problems = list(_push_problems(config, rollout))
+    if rollout.placement == "colocated":
+        problems += _package_problems()
+    elif is_leader:
+        problems += _server_problems(config, rollout)
+    if problems:
+        raise ConfigError.listing("what the run needs on this machine", problems)
+
+
+def _package_problems() -> Iterator[str]:
+    if find_spec("sglang") is None:
+        yield (
+            "rollout.kind=sglang starts an SGLang server, and the package sglang is not installed here; install it "
+            "(see README) or set rollout.kind=megatron"
+        )
+
+
+def _push_problems(config: GkdConfig, rollout: SglangRolloutConfig) -> Iterator[str]:
+    folder = push_base(config, rollout)
+    if rollout.push_dir is None and folder == config.train.output_dir:
+        return  # made by the run; its space is checked with the checkpoints'
+    name = f"rollout.push_dir={str(folder)!r}" + ("" if rollout.push_dir else " (the default)")
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        yield f"{name} is no folder that can be written; name one that the server sees too"
+        return
+    yield from _push_space_problems(config, folder, name)
+
+
+def _push_space_problems(config: GkdConfig, folder: Path, name: str) -> Iterator[str]:
+    parameters = load_hf_shapes(config.student.hf_folder).num_parameters
+    needed = PUSH_COPIES * parameters * DTYPES[config.train.precision].itemsize
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        yield (
+            f"{name} has {free / GIB:.2f} GiB free and {PUSH_COPIES} copies of the student's weights take "
+            f"{needed / GIB:.2f} GiB; name a larger folder (containers: raise the size of /dev/shm)"
+        )
+
+
+def _server_problems(config: GkdConfig, rollout: SglangRolloutConfig) -> Iterator[str]:
+    vocab_size = load_hf_shapes(config.student.hf_folder).vocab_size
+    for url in rollout.urls:
+        try:
+            client = SglangClient(
+                url,
+                vocab_size=vocab_size,
+                request_timeout_s=min(rollout.request_timeout_s, CHECK_TIMEOUT_S),
+                max_retries=0,
+            )
+            client.check_settings(num_sequence_tokens=config.seq_length)
+        except (EngineError, ValueError) as error:
+            yield f"rollout.urls: {url}: {error}"
