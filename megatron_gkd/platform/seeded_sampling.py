@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _LOW_32 = 0xFFFFFFFF
+_CACHED_ELEMENTS = 1 << 16
 
 
 def sample_with_seed(log_probs_BV: Tensor, seed_B: Tensor, position_B: Tensor) -> Tensor:
@@ -24,6 +25,13 @@ def sample_with_seed(log_probs_BV: Tensor, seed_B: Tensor, position_B: Tensor) -
         [B, 1] int64 column indices.
     """
     token_ids_V = torch.arange(log_probs_BV.shape[1], device=log_probs_BV.device)
+    # a few rows at a time: what is computed on the way stays in a CPU's cache
+    num_rows = max(1, _CACHED_ELEMENTS // len(token_ids_V)) if log_probs_BV.is_cpu else len(log_probs_BV)
+    blocks = zip(*(tensor.split(num_rows) for tensor in (log_probs_BV, seed_B, position_B)), strict=True)
+    return torch.cat([_sample_block(*block, token_ids_V) for block in blocks])
+
+
+def _sample_block(log_probs_BV: Tensor, seed_B: Tensor, position_B: Tensor, token_ids_V: Tensor) -> Tensor:
     bits_BV = hash32(seed_B, position_B, token_ids_V).to(torch.float64)
     uniform_BV = bits_BV.add_(2.0**31 + 0.5).mul_(2.0**-32)  # strictly inside (0, 1): no infinite noise
     minus_gumbel_BV = uniform_BV.log_().neg_().log_()  # g = -log(-log u)
