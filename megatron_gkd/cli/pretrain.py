@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_gkd.cli.outcome import REFUSED
 from megatron_gkd.config import ConfigError, GkdConfig, load_config
+from megatron_gkd.platform.environment import Environment, Place
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +65,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _dry_run(config: GkdConfig) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    environment = Environment.of(config.runtime.env_vars, Place(config.train.output_dir, f"rank_{rank}"))
+    environment.apply()  # without the folders that its variables name: nothing is written
     from megatron_gkd.observability.log import configure_logging
 
-    rank = int(os.environ.get("RANK", "0"))
     configure_logging(config.logging.level, rank)
+    environment.report()
     from megatron_gkd.platform.device import prepare_process
 
     try:
@@ -87,13 +91,19 @@ def _dry_run(config: GkdConfig) -> int:
 
 
 def _train(config: GkdConfig) -> int:
-    # imported here: --check needs no torch, and dist_checkpointing's helper process imports this module again
+    rank = int(os.environ.get("RANK", "0"))
+    place = Place(config.train.output_dir, f"rank_{rank}")
+    environment = Environment.of(config.runtime.env_vars, place)
+    environment.make_folders()
+    environment.apply()
+    # imported here: torch reads the environment, --check needs no torch, and dist_checkpointing's helper process imports
+    # this module again
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from megatron_gkd.observability.log import configure_logging
 
-    rank = int(os.environ.get("RANK", "0"))
-    configure_logging(config.logging.level, rank, config.train.output_dir / "logs" / f"rank_{rank}.log")
+    configure_logging(config.logging.level, rank, Path(place.fill(config.runtime.log_file)))
+    environment.report()
     return record(_train_or_report)(config, rank) or 0
 
 

@@ -5,10 +5,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_gkd.cli.outcome import run_tool
+from megatron_gkd.config import load_config
+from megatron_gkd.platform.environment import Environment, Place
 from megatron_gkd.serving.command import ServerSettings
 from megatron_gkd.serving.process import ServerProcess, is_free_port
 
@@ -62,8 +64,21 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
         num_threads=options.num_threads,
         on_cpu=on_cpu,
         api_key=api_key,
+        environment=_environment(options),
         extra_args=tuple(options.extra),
     )
+
+
+def _environment(options: argparse.Namespace) -> Mapping[str, str]:
+    """What the run's configuration sets for its servers; made before anything of the server is imported."""
+    if not options.config:
+        return {}
+    config = load_config(options.config)
+    place = Place(config.train.output_dir, options.log_file.stem)
+    environment = Environment.of(config.runtime.env_vars, place)
+    environment.make_folders()
+    environment.report()
+    return environment.values
 
 
 def _has_no_gpu() -> bool:
@@ -76,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--model", type=Path, required=True, help="folder with config.json and safetensors files"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="configuration of the run that uses the server; its runtime.env_vars are set for the server",
     )
     parser.add_argument("--host", default="127.0.0.1", help="another than the default needs --api-key-env")
     parser.add_argument("--port", type=int, default=0, help="0 (default): a free one")

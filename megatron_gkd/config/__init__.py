@@ -4,6 +4,7 @@ from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.load import load_config
 from megatron_gkd.config.rollout import MegatronRolloutConfig, RolloutConfig, SglangRolloutConfig
+from megatron_gkd.config.runtime import RuntimeConfig
 from megatron_gkd.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "RolloutConfig",
+    "RuntimeConfig",
     "SglangRolloutConfig",
     "StudentConfig",
     "TeacherConfig",

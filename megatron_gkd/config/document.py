@@ -110,7 +110,9 @@ def _default_text(field: FieldInfo) -> str:
     """The default as it would stand in YAML; nothing for a required key."""
     if field.is_required():
         return ""
-    default: Any = list(field.default) if isinstance(field.default, tuple) else field.default
+    default: Any = field.default
+    if isinstance(default, tuple | Path):
+        default = str(default) if isinstance(default, Path) else list(default)
     text = yaml.safe_dump(default, default_flow_style=True)
     return text.removesuffix("\n").removesuffix("\n...")
 
@@ -132,6 +134,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(map(str, get_args(annotation)))
     if get_origin(annotation) is tuple:
         return f"list of {_type_name(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return f"section of names with {_type_name(get_args(annotation)[1])}"
     if isinstance(annotation, type):
         return {"str": "text", "Path": "path", "NoneType": "null"}.get(
             annotation.__name__, annotation.__name__

@@ -14,6 +14,7 @@ from megatron_gkd.config import rules
 from megatron_gkd.config.base import Config
 from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.rollout import RolloutConfig, SglangRolloutConfig
+from megatron_gkd.config.runtime import RuntimeConfig
 
 
 class ParallelConfig(Config):
@@ -207,6 +208,7 @@ class GkdConfig(Config):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
 
     @property
     def seq_length(self) -> int:

@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
@@ -114,6 +115,7 @@ def transformer_config(
         # weights are always loaded, never drawn
         use_cpu_initialization=on_cpu,
         perform_initialization=False,
+        attention_backend=AttnBackend[kernels.attention],
         gradient_accumulation_fusion=kernels.apex_gradient_fusion,
         # fusions need torch.compile or CUDA kernels; they change no result
         bias_activation_fusion=not on_cpu,

@@ -5,10 +5,11 @@ import ipaddress
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_gkd.config.runtime import TORCHRUN_PREFIXES, TORCHRUN_VARIABLES
 from megatron_gkd.platform.sglang_cpu import PLATFORM_NAME
 from megatron_gkd.serving.connection import is_loopback
 
@@ -17,15 +18,13 @@ SPARE_CONTEXT_TOKENS = 6
 
 # of torchrun and of the trainer's own libraries: an engine that inherits them joins the wrong rendezvous, or computes
 # with the trainer's number of threads
-_SCRUBBED = frozenset(
-    {
-        "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME",
-        "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE",
-        "MASTER_ADDR", "MASTER_PORT", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING",
-        "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
-    }
-)  # fmt: skip
-_SCRUBBED_PREFIXES = ("TORCHELASTIC_", "PET_")
+_SCRUBBED = TORCHRUN_VARIABLES | {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "NCCL_ASYNC_ERROR_HANDLING",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class ServerSettings:
             this server insist on.
         is_deterministic: Honour ``sampling_seed``; without it SGLang ignores seeds silently.
         api_key: Demanded from clients as bearer token. It is on SGLang's command line, which local users can see.
+        environment: Variables set beyond the inherited ones.
         extra_args: Appended to SGLang's command line.
     """
 
@@ -65,6 +65,7 @@ class ServerSettings:
     has_random_weights: bool = False
     is_deterministic: bool = True
     api_key: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
     extra_args: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -122,8 +123,8 @@ def server_environment(
     """
     environment = {
         name: value
-        for name, value in inherited.items()
-        if name not in _SCRUBBED and not name.startswith(_SCRUBBED_PREFIXES)
+        for name, value in {**inherited, **settings.environment}.items()
+        if name not in _SCRUBBED and not name.startswith(TORCHRUN_PREFIXES)
     }
     cores_of_ranks = _share_cores(cpus, settings.tp_size)
     environment["OMP_NUM_THREADS"] = str(settings.num_threads or len(cores_of_ranks[0]))

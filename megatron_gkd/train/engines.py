@@ -10,6 +10,7 @@ from megatron_gkd.config.hf_shapes import HfShapes
 from megatron_gkd.config.rollout import SglangRolloutConfig
 from megatron_gkd.data.tokenizer import Tokenizer
 from megatron_gkd.parallel.collectives import broadcast_json
+from megatron_gkd.platform.environment import Environment, Place
 from megatron_gkd.rollout.engine import RolloutEngine, Sampling
 from megatron_gkd.rollout.megatron import MegatronRollout
 from megatron_gkd.rollout.sglang import SglangRollout
@@ -53,9 +54,8 @@ class EngineHost:
         if not isinstance(rollout, SglangRolloutConfig) or rollout.placement != "colocated":
             return
         if self._world.is_leader:
-            self._server = ServerProcess.launch(
-                self._settings(rollout), log_file=log_folder(self._config) / "sglang.log"
-            )
+            log_file = log_folder(self._config) / "sglang.log"
+            self._server = ServerProcess.launch(self._settings(rollout, log_file.stem), log_file=log_file)
 
     def connect(self, student: Student, tokenizer: Tokenizer) -> RolloutEngine:
         """The engine over the student; waits for a colocated server. Collective.
@@ -104,9 +104,11 @@ class EngineHost:
     def _broadcast(self, value):
         return broadcast_json(value, device=self._world.device)
 
-    def _settings(self, rollout: SglangRolloutConfig) -> ServerSettings:
+    def _settings(self, rollout: SglangRolloutConfig, process: str) -> ServerSettings:
         config = self._config
         model_folder = config.student.hf_folder
+        environment = Environment.of(config.runtime.env_vars, Place(config.train.output_dir, process))
+        environment.make_folders()
         return ServerSettings(
             model_folder,
             context_length=config.seq_length,
@@ -117,6 +119,7 @@ class EngineHost:
             mem_fraction_static=rollout.mem_fraction_static,
             num_threads=rollout.num_threads,
             has_random_weights=True,
+            environment=environment.values,
         )
 
     def _connect_clients(self, rollout: SglangRolloutConfig) -> list[SglangClient]:

@@ -71,8 +71,8 @@ class Run:
             dist.destroy_process_group()
 
     def _build(self, tokenizer: Tokenizer, loader: PromptLoader) -> None:
-        join_job(self._platform.collective_backend)
         kernels = detect_kernels(on_cpu=self._platform.is_cpu)
+        join_job(self._platform.collective_backend)
         world = start_world(self._platform, kernels)
         log.info("%d ranks on %s (%s); %s", world.size, world.device, self._platform.reason, kernels.reason)
         self._trainer = build_trainer(self._config, world, tokenizer, loader, self._keep_host)

@@ -100,11 +100,17 @@ def check_exported(folder: Path, student: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_sglang_generates_every_iteration_and_its_death_ends_the_run_in_order(tmp_path):
-    config = write_run_config(tmp_path, rollout={"kind": "sglang", "start_timeout_s": 240, "num_threads": 1})
+    config = write_run_config(
+        tmp_path,
+        rollout={"kind": "sglang", "start_timeout_s": 240, "num_threads": 1},
+        runtime={"env_vars": {"OF_RUN": "{process}"}},
+    )
     run, log_file = tmp_path / "run", tmp_path / "config.log"
     process = launch(config, "train.train_iters=1000", log_file=log_file)
     wait_until(lambda: len(read_metrics(run)) >= 3, process, log_file, 400)
     check_records(run)
+    assert [server.environ()["OF_RUN"] for server in servers_of(process)] == ["sglang"]
+    assert "Environment: OF_RUN=rank_1" in (run / "logs" / "rank_1.log").read_text()
     killed = kill_server(process)
     assert killed, "no server process was found"
     start = time.monotonic()
@@ -146,13 +152,18 @@ def check_records(run: Path) -> None:
     assert (run / "config.yaml").is_file()
 
 
-def kill_server(process: subprocess.Popen) -> list[psutil.Process]:
-    """kill -9 SGLang's processes below ``process``, not the one that guards them."""
-    servers = [
+def servers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """SGLang's main processes below ``process``, not the one that guards them."""
+    return [
         p
         for p in psutil.Process(process.pid).children(recursive=True)
         if "sglang.launch_server" in p.cmdline() and "guard.py" not in " ".join(p.cmdline())
     ]
+
+
+def kill_server(process: subprocess.Popen) -> list[psutil.Process]:
+    """kill -9 them."""
+    servers = servers_of(process)
     for server in servers:
         server.kill()
     return servers

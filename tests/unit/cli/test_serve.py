@@ -7,6 +7,7 @@ import pytest
 
 from megatron_gkd.cli import serve
 from megatron_gkd.serving import EngineDied
+from tests.support.launching import write_run_config
 
 
 class StandIn:
@@ -73,3 +74,14 @@ def test_an_open_port_without_a_key_is_refused(run, capsys, monkeypatch):
         lambda: os.kill(os.getpid(), signal.SIGTERM), "--host", "0.0.0.0", "--api-key-env", "A_KEY"
     )
     assert (code, settings.api_key) == (0, "secret")
+
+
+def test_the_environment_of_the_run_is_the_servers(run, tmp_path, monkeypatch):
+    config = write_run_config(tmp_path / "run_files", runtime={"env_vars": {"A": "{process}", "B": 1}})
+    monkeypatch.setenv("B", "2")
+    log_file = tmp_path / "teacher.log"
+    stop = ["--config", str(config), "--log-file", str(log_file)]
+    code, _, (settings,) = run(lambda: os.kill(os.getpid(), signal.SIGTERM), *stop)
+    assert (code, settings.environment) == (0, {"A": "teacher"})
+    code, _, started = run(lambda: None, "--config", str(tmp_path / "nowhere.yaml"))
+    assert (code, started) == (2, [])

@@ -84,6 +84,15 @@ def test_torchruns_variables_do_not_reach_the_server(model_folder):
     assert inherited["RANK"] == "1"
 
 
+def test_the_runs_variables_reach_the_server_but_not_the_trainers_threads(model_folder):
+    of_run = {"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    settings = ServerSettings(model_folder, 64, environment=of_run)
+    environment = server_environment(settings, {"NCCL_DEBUG": "INFO of rank 0"}, range(4))
+    assert environment["NCCL_DEBUG"] == "WARN"
+    assert environment["OMP_NUM_THREADS"] == "4"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment
+
+
 def test_the_cpu_platform_is_chosen_on_a_cpu_only(model_folder):
     environment = server_environment(ServerSettings(model_folder, 64), {}, range(4))
     assert "SGLANG_PLATFORM" not in environment

@@ -1,0 +1,76 @@
+"""The runtime section: environment of the run's processes, and their logs."""
+
+import re
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from megatron_gkd.config.base import Config
+
+TORCHRUN_VARIABLES = frozenset(
+    {
+        "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME",
+        "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE",
+        "MASTER_ADDR", "MASTER_PORT",
+    }
+)  # fmt: skip
+TORCHRUN_PREFIXES = ("TORCHELASTIC_", "PET_")
+PLACEHOLDERS = ("output_dir", "host", "process")
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_READ_AT_PROCESS_START = ("LD_", "PYTHON", "MALLOC_")
+
+
+class RuntimeConfig(Config):
+    """Environment and logs of ranks and SGLang servers; give configs/runtime_env.yaml as a further --config."""
+
+    env_vars: dict[str, str | None] = Field(default={})
+    """Variables set before torch, NCCL, Transformer Engine or SGLang reads them; written to the log and to config.yaml,
+    so no secrets. One that the shell or the job script has set already wins, with a line in the log. In a value,
+    {output_dir}, {host} and {process} (rank_0, sglang, ...) are filled in. null takes out what an earlier file set.
+    Servers get them too, except thread counts and CUDA_DEVICE_MAX_CONNECTIONS (see rollout.num_threads)."""
+    log_file: str = "{output_dir}/logs/{process}.log"
+    """Log of each rank; placeholders as in env_vars, {process} is needed."""
+
+    @field_validator("env_vars", mode="before")
+    @classmethod
+    def _numbers_are_texts(cls, value: Any) -> Any:
+        """An environment holds texts; in YAML 1 is a number."""
+        if not isinstance(value, dict):
+            return value
+        return {name: str(text) if type(text) in (int, float) else text for name, text in value.items()}
+
+    @field_validator("env_vars")
+    @classmethod
+    def _variables_can_be_set(cls, value: dict[str, str | None]) -> dict[str, str | None]:
+        for name, text in value.items():
+            _check_name(name)
+            _check_placeholders(name, text or "")
+        return value
+
+    @field_validator("log_file")
+    @classmethod
+    def _ranks_write_different_files(cls, value: str) -> str:
+        _check_placeholders("log_file", value)
+        if "{process}" not in value:
+            raise ValueError("needs {process}; otherwise all ranks would write one file")
+        return value
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of an environment variable")
+    if name in TORCHRUN_VARIABLES or name.startswith(TORCHRUN_PREFIXES):
+        raise ValueError(f"{name} belongs to torchrun; use torchrun's options")
+    if name.startswith(_READ_AT_PROCESS_START):
+        raise ValueError(
+            f"{name} is read when a process starts, before this file; set it in the shell or job script"
+        )
+
+
+def _check_placeholders(name: str, text: str) -> None:
+    unknown = [found for found in _PLACEHOLDER.findall(text) if found not in PLACEHOLDERS]
+    if unknown:
+        known = ", ".join(f"{{{placeholder}}}" for placeholder in PLACEHOLDERS)
+        raise ValueError(f"{name} has the unknown placeholder {{{unknown[0]}}}; known: {known}")
