@@ -1,5 +1,6 @@
 """Typed configuration: YAML files and overrides in, one frozen tree out; imports no torch."""
 
+from megatron_gkd.config.data import DataConfig, EvaluationConfig
 from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.load import load_config
@@ -7,7 +8,6 @@ from megatron_gkd.config.rollout import MegatronRolloutConfig, RolloutConfig, Sg
 from megatron_gkd.config.runtime import RuntimeConfig
 from megatron_gkd.config.schema import (
     CheckpointConfig,
-    DataConfig,
     GkdConfig,
     GkdSection,
     LoggingConfig,
@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "EvaluationConfig",
     "GkdConfig",
     "GkdSection",
     "HfShapes",

@@ -12,6 +12,7 @@ from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.weight_files import find_checkpoint_problems, find_hf_problems, find_output_problems
 
 if TYPE_CHECKING:
+    from megatron_gkd.config.data import DataConfig, EvaluationConfig
     from megatron_gkd.config.schema import GkdConfig, ModelConfig
 
 
@@ -21,11 +22,11 @@ CHECKPOINT_BYTES_PER_PARAMETER = {"fp32": 4 + 4 + 4, "bf16": 2 + 4 + 4 + 4}
 
 def find_file_problems(config: "GkdConfig") -> list[str]:
     """Problems between sections and with the files they name; needs no world size."""
-    problems = [*_batch_problems(config), *_embedded_engine_problems(config)]
-    if not config.data.prompts.is_file():
-        problems.append(
-            f"data.prompts={str(config.data.prompts)!r}: no such file; give a JSONL file of prompts"
-        )
+    problems = [
+        *_batch_problems(config),
+        *_embedded_engine_problems(config),
+        *_data_problems(config.data, config.evaluation),
+    ]
     shapes: dict[str, HfShapes] = {}
     for name, model in (("student", config.student), ("teacher", config.teacher)):
         try:
@@ -119,6 +120,21 @@ def _batch_problems(config: "GkdConfig") -> Iterator[str]:
         )
 
 
+def _data_problems(data: "DataConfig", evaluation: "EvaluationConfig") -> Iterator[str]:
+    for key, files in (("data.prompts", data.prompts), ("evaluation.files", evaluation.files)):
+        for file in files:
+            # an own class may read a folder
+            if not (file.exists() if data.dataset_class else file.is_file()):
+                yield f"{key}={str(file)!r}: no such file; give a file of prompts"
+    if data.chat_template is not None and not data.chat_template.is_file():
+        yield f"data.chat_template={str(data.chat_template)!r}: no such file; give a Jinja template"
+    if data.tokenizer is not None and not data.tokenizer.exists():
+        yield (
+            f"data.tokenizer={str(data.tokenizer)!r}: no such file or folder; give a tokenizer's folder or a "
+            "SentencePiece model file"
+        )
+
+
 def _layout_problems(name: str, model: "ModelConfig", shapes: HfShapes) -> Iterator[str]:
     tp, pp = model.parallel.tensor_model_parallel_size, model.parallel.pipeline_model_parallel_size
     for size, what in (
@@ -136,10 +152,14 @@ def _layout_problems(name: str, model: "ModelConfig", shapes: HfShapes) -> Itera
 
 
 def _length_problems(config: "GkdConfig", name: str, shapes: HfShapes) -> Iterator[str]:
-    if config.seq_length > shapes.max_position_embeddings:
+    key, length, total = "max_prompt_length", config.data.max_prompt_length, config.seq_length
+    if name == "teacher" and config.teacher_seq_length > total:
+        key, length = "max_teacher_prompt_length", config.data.teacher_prompt_length
+        total = config.teacher_seq_length
+    if total > shapes.max_position_embeddings:
         yield (
-            f"data.max_prompt_length={config.data.max_prompt_length} + rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} = {config.seq_length} tokens, but the {name} was made for "
+            f"data.{key}={length} + rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} = {total} tokens, but the {name} was made for "
             f"{shapes.max_position_embeddings} (max_position_embeddings); shorten one of them"
         )
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from megatron_gkd.config import rules
 from megatron_gkd.config.base import Config
+from megatron_gkd.config.data import DataConfig, EvaluationConfig
 from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.rollout import RolloutConfig, SglangRolloutConfig
 from megatron_gkd.config.runtime import RuntimeConfig
@@ -112,21 +113,6 @@ class LossConfig(Config):
     """Tokens whose logits exist at the same time; smaller saves memory."""
 
 
-class DataConfig(Config):
-    """Prompts, and completions for the off-policy share."""
-
-    prompts: Path
-    """JSONL file; each row has prompt (a text or chat messages) and may have completion."""
-    max_prompt_length: int = Field(default=512, ge=1)
-    """Tokens of the longest prompt that is used, with the chat template."""
-    overlong_prompts: Literal["drop", "error"] = "drop"
-    """drop: longer prompts are counted and left out; error: they stop the run."""
-    max_bad_rows: int = Field(default=0, ge=0)
-    """Unreadable rows that are reported and left out before the run stops."""
-    shuffle: bool = True
-    """Draw the prompts of every pass over the file in a new random order."""
-
-
 class OptimConfig(Config):
     """AdamW and its learning-rate schedule."""
 
@@ -206,6 +192,7 @@ class GkdConfig(Config):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -214,6 +201,11 @@ class GkdConfig(Config):
     def seq_length(self) -> int:
         """Tokens of the longest sequence: prompt and completion."""
         return self.data.max_prompt_length + self.rollout.max_new_tokens
+
+    @property
+    def teacher_seq_length(self) -> int:
+        """The same for the teacher, whose prompts may be longer."""
+        return self.data.teacher_prompt_length + self.rollout.max_new_tokens
 
     def check_files(self) -> None:
         """Checks between sections and against the model folders; ``load_config`` runs them.

@@ -1,7 +1,11 @@
 """Prompts, tokenizer and the values that travel from rollout to the loss."""
 
-from megatron_gkd.data.prompts import PromptLoader, PromptSet, load_prompts
+from megatron_gkd.data.prompts import PromptSet, RowPolicy, load_prompts
+from megatron_gkd.data.row_files import open_row_files
+from megatron_gkd.data.rows import RowEncoder, RowKeys, RowLimits
 from megatron_gkd.data.sample import Batch, MicroBatch, Prompt, Sample
+from megatron_gkd.data.streaming import StreamedPrompts
+from megatron_gkd.data.streams import MixedPrompts, PromptLoader, PromptStream
 from megatron_gkd.data.tokenizer import (
     DataError,
     Tokenizer,
@@ -14,13 +18,21 @@ __all__ = [
     "Batch",
     "DataError",
     "MicroBatch",
+    "MixedPrompts",
     "Prompt",
     "PromptLoader",
     "PromptSet",
+    "PromptStream",
+    "RowEncoder",
+    "RowKeys",
+    "RowLimits",
+    "RowPolicy",
     "Sample",
+    "StreamedPrompts",
     "Tokenizer",
     "load_prompts",
     "load_tokenizer",
+    "open_row_files",
     "require_same_vocabulary",
     "tokenizer_fingerprint",
 ]

@@ -7,7 +7,7 @@ Everything here is plain data: no process group, no device.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,6 +27,12 @@ class Prompt:
     """The data set's own completion, ending with an end-of-sequence token; None if the row has none."""
     text: str
     """The prompt as the model sees it (after the chat template), for logs."""
+    file: int = 0
+    """Place of the file in data.prompts."""
+    loss_mask: tuple[bool, ...] = ()
+    """Which prompt tokens are earlier assistant turns, and count when the completion is taken from data; none if empty."""
+    teacher_ids: tuple[int, ...] = ()
+    """What the teacher reads in place of ``ids``; the same if empty."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Sample:
     """A prompt with one completion.
 
     Raises:
-        ValueError: empty prompt or unknown finish reason.
+        ValueError: Empty prompt, unknown finish reason, or a mask that does not fit the prompt.
     """
 
     row: int
@@ -47,6 +53,12 @@ class Sample:
     finish_reason: FinishReason
     weight_version: int
     """Version of the student's weights that wrote the completion; -1 for completions from data."""
+    file: int = 0
+    """Place of the file in data.prompts."""
+    prompt_loss_mask: tuple[bool, ...] = ()
+    """Which prompt tokens count in the loss beside the completion; none if empty."""
+    teacher_prompt_ids: tuple[int, ...] = ()
+    """What the teacher reads before the completion; the same prompt if empty."""
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -57,20 +69,34 @@ class Sample:
             raise ValueError(
                 f"finish_reason {self.finish_reason!r} of row {self.row} is not one of {get_args(FinishReason)}"
             )
+        if mask := self.prompt_loss_mask:
+            if len(mask) != len(self.prompt_ids) or mask[0]:
+                raise ValueError(
+                    f"prompt_loss_mask of row {self.row} needs one flag for each of {len(self.prompt_ids)} tokens, the first "
+                    f"of them False; it has {len(mask)}"
+                )
+            if self.teacher_prompt_ids:
+                raise ValueError(f"row {self.row}: the teacher's own prompt has no rows for prompt_loss_mask")
 
     @property
     def num_tokens(self) -> int:
         """Length of prompt and completion together."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
-    def loss_mask(self, seq_length: int) -> list[bool]:
-        """One flag per position: True where position i predicts token i + 1 of the completion.
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that count in the loss."""
+        return sum(self.prompt_loss_mask) + len(self.completion_ids)
 
-        True exactly for i in [len(prompt) - 1, len(prompt) + len(completion) - 2].
+    def loss_mask(self, seq_length: int) -> list[bool]:
+        """One flag per position: True where position i predicts a token i + 1 that counts.
+
+        Without ``prompt_loss_mask``: exactly for i in [len(prompt) - 1, len(prompt) + len(completion) - 2].
         """
-        first = len(self.prompt_ids) - 1
-        end = first + len(self.completion_ids)
-        return [first <= position < end for position in range(seq_length)]
+        counts = (self.prompt_loss_mask or (False,) * len(self.prompt_ids)) + (True,) * len(
+            self.completion_ids
+        )
+        return [*counts[1:], *[False] * (seq_length - len(counts) + 1)]
 
 
 @dataclass(frozen=True)
@@ -85,7 +111,7 @@ class MicroBatch:
     position_ids_BS: Tensor
     """int64, 0 .. S - 1 in every row."""
     loss_mask_BS: Tensor
-    """bool; position i of a row is True when it predicts a completion token, token i + 1."""
+    """bool; position i of a row is True when token i + 1, which it predicts, counts in the loss."""
     indices: tuple[int, ...]
     """Row b holds sample ``indices[b]`` of the batch."""
 
@@ -98,8 +124,20 @@ class Batch:
 
     @property
     def num_loss_tokens(self) -> int:
-        """Completion tokens of all samples: the number that the summed loss is divided by."""
-        return sum(len(sample.completion_ids) for sample in self.samples)
+        """Tokens of all samples that count: the number that the summed loss is divided by."""
+        return sum(sample.num_loss_tokens for sample in self.samples)
+
+    def as_read_by_teacher(self) -> Batch:
+        """The same batch with the teacher's own prompts where there are any; its loss tokens are the same, in the same
+        order."""
+        return Batch(
+            tuple(
+                replace(sample, prompt_ids=sample.teacher_prompt_ids, teacher_prompt_ids=())
+                if sample.teacher_prompt_ids
+                else sample
+                for sample in self.samples
+            )
+        )
 
     def padded_length(self, multiple_of: int) -> int:
         """Length of the longest sequence, rounded up to a multiple of ``multiple_of``."""
@@ -157,20 +195,7 @@ class Batch:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers, to be broadcast without pickle."""
-        return {
-            "samples": [
-                {
-                    "row": sample.row,
-                    "sample_index": sample.sample_index,
-                    "prompt_ids": list(sample.prompt_ids),
-                    "completion_ids": list(sample.completion_ids),
-                    "is_on_policy": sample.is_on_policy,
-                    "finish_reason": sample.finish_reason,
-                    "weight_version": sample.weight_version,
-                }
-                for sample in self.samples
-            ]
-        }
+        return {"samples": [asdict(sample) for sample in self.samples]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Batch:
@@ -181,11 +206,13 @@ class Batch:
         """
         try:
             samples = tuple(_sample_from_json(fields) for fields in value["samples"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a batch written by Batch.to_json: {error!r}") from error
         return cls(samples)
 
 
 def _sample_from_json(fields: Mapping[str, Any]) -> Sample:
-    prompt_ids, completion_ids = tuple(fields["prompt_ids"]), tuple(fields["completion_ids"])
-    return Sample(**{**fields, "prompt_ids": prompt_ids, "completion_ids": completion_ids})
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return Sample(**values)

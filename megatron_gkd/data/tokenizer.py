@@ -1,15 +1,24 @@
-"""The tokenizer of a model folder, read from local files only."""
+"""The tokenizer of a run, read from local files only."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import jinja2
 from transformers import AutoTokenizer
+
+from megatron_gkd.data.tokenizer_backends import (
+    HfBackend,
+    SentencePieceBackend,
+    TokenizerBackend,
+    folder_template,
+)
+
+SENTENCEPIECE_FILE = "tokenizer.model"
 
 
 class DataError(ValueError):
@@ -21,10 +30,10 @@ class MessagesRefused(ValueError):
 
 
 class Tokenizer:
-    """What the program needs of a Hugging Face tokenizer.
+    """What the program needs of a tokenizer.
 
     Attributes:
-        folder: Where it was read.
+        folder: The model folder, or SentencePiece file, that it was read from.
         eos_ids: All ids that end a sequence. The first is the tokenizer's own and ends completions from data;
             the others come from ``generation_config.json``.
         pad_id: Token of the padding; the first end-of-sequence id if the tokenizer has none (padding is masked).
@@ -34,18 +43,18 @@ class Tokenizer:
         DataError: No end-of-sequence token is known, or one lies outside the vocabulary.
     """
 
-    def __init__(self, hf_tokenizer: Any, folder: Path) -> None:
-        self._hf = hf_tokenizer
+    def __init__(self, backend: TokenizerBackend, folder: Path) -> None:
+        self._backend = backend
         self.folder = folder
-        self.vocab: dict[str, int] = hf_tokenizer.get_vocab()
+        self.vocab: dict[str, int] = backend.vocab
         self.vocab_size: int = max(self.vocab.values()) + 1
         self.eos_ids: tuple[int, ...] = self._find_eos_ids()
-        pad_id = hf_tokenizer.pad_token_id
-        self.pad_id: int = self.eos_ids[0] if pad_id is None else pad_id
+        self.pad_id: int = self.eos_ids[0] if backend.pad_id is None else backend.pad_id
 
     def _find_eos_ids(self) -> tuple[int, ...]:
-        own = [] if self._hf.eos_token_id is None else [self._hf.eos_token_id]
-        ids = tuple(dict.fromkeys([*own, *_generation_eos_ids(self.folder)]))
+        own = [] if self._backend.eos_id is None else [self._backend.eos_id]
+        folder = self.folder.parent if self.folder.is_file() else self.folder
+        ids = tuple(dict.fromkeys([*own, *_generation_eos_ids(folder)]))
         if not ids:
             raise DataError(
                 f"no end-of-sequence token in {self.folder}: completions would never end; set eos_token in "
@@ -61,7 +70,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether ``render_chat`` can work."""
-        return self._hf.chat_template is not None
+        return self._backend.chat_template is not None
 
     def encode_text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a text.
@@ -75,7 +84,7 @@ class Tokenizer:
         Raises:
             DataError: The default would *end* the prompt with an end-of-sequence token.
         """
-        ids = tuple(self._hf.encode(text, add_special_tokens=add_special_tokens))
+        ids = tuple(self._backend.encode(text, add_special_tokens=add_special_tokens))
         if add_special_tokens and ids and ids[-1] in self.eos_ids and not self._is_eos_in(text):
             raise DataError(
                 f"the tokenizer of {self.folder} appends the end-of-sequence token {ids[-1]} to prompts, so nothing "
@@ -83,35 +92,71 @@ class Tokenizer:
             )
         return ids
 
+    def encode_spans(
+        self, text: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """Token ids of a rendered chat, and which of them lie in a span or end it with an end-of-sequence token.
+
+        Args:
+            text: As for ``encode_text`` without special tokens, with the same ids.
+            spans: [start, stop) in characters.
+
+        Returns:
+            (ids, flags): a token is flagged if it stands for at least one character of a span, or if it is an
+            end-of-sequence token that begins where a span stops.
+
+        Raises:
+            DataError: The tokenizer has no offsets.
+        """
+        try:
+            ids, offsets = self._backend.encode_with_offsets(text)
+        except NotImplementedError as error:
+            raise DataError(
+                f"the tokenizer of {self.folder} does not tell which text a token stands for, so the assistant's turns of "
+                "conversations cannot be found; add its tokenizer.json"
+            ) from error
+        inside = bytearray(len(text) + 1)
+        for start, stop in spans:
+            inside[start:stop] = b"\1" * (stop - start)
+        stops = {stop for _, stop in spans}
+        flags = [
+            any(inside[start:stop]) or (token_id in self.eos_ids and start in stops)
+            for token_id, (start, stop) in zip(ids, offsets, strict=True)
+        ]
+        return tuple(ids), tuple(flags)
+
     def _is_eos_in(self, text: str) -> bool:
-        plain = self._hf.encode(text, add_special_tokens=False)
+        plain = self._backend.encode(text, add_special_tokens=False)
         return bool(plain) and plain[-1] in self.eos_ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
         """The text that the model's chat template makes of the messages, up to where the assistant begins.
 
         Encode it with ``add_special_tokens=False``.
 
         Raises:
-            DataError: The folder has no chat template.
+            DataError: There is no chat template, or it is not Jinja.
             MessagesRefused: The template raised an error for these messages.
         """
         if not self.has_chat_template:
             raise DataError(
                 f"{self.folder} has no chat template, but the prompts are chat messages; add chat_template.jinja "
-                "(or the key chat_template in tokenizer_config.json), use the Instruct model's tokenizer files, or "
-                "write the prompts as text"
+                "(or the key chat_template in tokenizer_config.json), set data.chat_template, use the Instruct model's "
+                "tokenizer files, or write the prompts as text"
             )
         try:
-            return self._hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            return self._backend.render(messages)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(
+                f"line {error.lineno} of the chat template of {self.folder} is no Jinja: {error.message}; correct the "
+                "template (data.chat_template, or the model's own)"
+            ) from error
         except jinja2.TemplateError as error:
             raise MessagesRefused(f"the chat template refuses the messages: {error}") from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids; special tokens are shown unless told otherwise."""
-        return self._hf.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def stop_token_ids(self, stop: Sequence[str]) -> tuple[int, ...]:
         """The token id of each stop string, because engines here see ids, never text.
@@ -124,7 +169,9 @@ class Tokenizer:
         return tuple(self._stop_token_id(text) for text in stop)
 
     def _stop_token_id(self, text: str) -> int:
-        ids = [self.vocab[text]] if text in self.vocab else self._hf.encode(text, add_special_tokens=False)
+        ids = (
+            [self.vocab[text]] if text in self.vocab else self._backend.encode(text, add_special_tokens=False)
+        )
         if len(ids) != 1 or self.decode(ids) != text:
             tokens = [self.decode([token_id]) for token_id in ids]
             raise DataError(
@@ -134,15 +181,38 @@ class Tokenizer:
         return ids[0]
 
 
-def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """Read the tokenizer of a Hugging Face model folder; nothing is downloaded and no code of the folder runs.
+def load_tokenizer(
+    source: Path | str,
+    kind: Literal["auto", "hf", "sentencepiece"] = "auto",
+    *,
+    chat_template: Path | None = None,
+) -> Tokenizer:
+    """Read a tokenizer from local files; nothing is downloaded and no code of the folder runs.
+
+    Args:
+        source: A Hugging Face model folder, or a SentencePiece model file (or a folder with ``tokenizer.model``).
+        kind: Which of them; ``auto`` takes ``tokenizer.json`` and ``tokenizer_config.json`` before ``tokenizer.model``.
+        chat_template: Jinja file to use in place of the tokenizer's own template.
 
     Raises:
-        DataError: The folder is missing or holds no usable tokenizer.
+        DataError: The source is missing or no usable tokenizer, or the template cannot be read.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"tokenizer folder {folder} does not exist")
+    source = Path(source)
+    if not source.exists():
+        raise DataError(f"tokenizer {source} does not exist")
+    try:
+        template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.chat_template={str(chat_template)!r} cannot be read: {error}") from error
+    if kind == "auto":
+        has_hf_files = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+        is_model = source.is_file() or (source / SENTENCEPIECE_FILE).is_file()
+        kind = "sentencepiece" if is_model and not has_hf_files else "hf"
+    load = _load_sentencepiece if kind == "sentencepiece" else _load_hf
+    return Tokenizer(load(source, template), source)
+
+
+def _load_hf(folder: Path, chat_template: str | None) -> TokenizerBackend:
     try:
         hf_tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, use_fast=True, trust_remote_code=False
@@ -152,7 +222,18 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             f"no usable tokenizer in {folder}; copy the model's tokenizer.json and tokenizer_config.json into it "
             f"(transformers: {error})"
         ) from error
-    return Tokenizer(hf_tokenizer, folder)
+    return HfBackend(hf_tokenizer, chat_template)
+
+
+def _load_sentencepiece(source: Path, chat_template: str | None) -> TokenizerBackend:
+    file = source / SENTENCEPIECE_FILE if source.is_dir() else source
+    try:
+        return SentencePieceBackend(file, chat_template or folder_template(file.parent))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{file} is no usable SentencePiece model: {error}; give the file that SentencePiece's trainer wrote, or set "
+            "data.tokenizer_kind: hf"
+        ) from error
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

@@ -3,7 +3,8 @@
 Shapes: B = sequences of a micro-batch, S = positions, H = hidden, T = rows under a mask.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +35,27 @@ def train_schedule(
         One report per micro-batch on the last stage, nothing elsewhere.
     """
 
-    def forward_step(iterator, module):
-        micro_batch = next(iterator)
-        output = _forward(module, micro_batch)
-        return output, lambda hidden_BSH: loss(hidden_BSH, micro_batch)
+    return _run(model, config, groups, micro_batches, _with_loss(loss), forward_only=False)
 
-    return _run(model, config, groups, micro_batches, forward_step, forward_only=False)
+
+def evaluate_schedule(
+    model: torch.nn.Module, config: Any, groups: ModelGroups, micro_batches: Sequence[Any], loss: LossFunction
+) -> list[dict[str, Tensor]]:
+    """As ``train_schedule``, forward only and in evaluation mode; no gradient is touched."""
+    with evaluation_mode(model):
+        return _run(model, config, groups, micro_batches, _with_loss(loss), forward_only=True)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Neither gradients nor dropout inside; the model's mode comes back after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def forward_rows(
@@ -69,6 +85,15 @@ def forward_rows(
         return _run(
             model, config, groups, micro_batches, forward_step, forward_only=True, collect_non_loss_data=True
         )
+
+
+def _with_loss(loss: LossFunction) -> Callable[..., Any]:
+    def forward_step(iterator, module):
+        micro_batch = next(iterator)
+        output = _forward(module, micro_batch)
+        return output, lambda hidden_BSH: loss(hidden_BSH, micro_batch)
+
+    return forward_step
 
 
 def _forward(model: torch.nn.Module, micro_batch: Any) -> Tensor:

@@ -207,6 +207,7 @@ class SampleWriter:
         self,
         iteration: int,
         *,
+        file: int,
         row: int,
         prompt: str,
         completion: str,
@@ -214,10 +215,11 @@ class SampleWriter:
         is_on_policy: bool,
         weight_version: int,
     ) -> None:
-        """Append one sample, flushed; ``prompt`` and ``completion`` are decoded text."""
+        """Append one sample, flushed: its file and row in the data, and decoded text."""
         self._lines.append(
             {
                 "iteration": iteration,
+                "file": file,
                 "row": row,
                 "prompt": prompt,
                 "completion": completion,

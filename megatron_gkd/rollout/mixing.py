@@ -25,9 +25,10 @@ def choose_on_policy(num_samples: int, *, lmbda: float, consumed_samples: int, s
     return flags
 
 
-def sampling_seed(seed: int, iteration: int, row: int, sample_index: int) -> int:
+def sampling_seed(seed: int, iteration: int, row: int, sample_index: int, *, file: int = 0) -> int:
     """Seed of one completion: a function of what is asked for, not of who generates it or beside what."""
-    return stable_hash(seed, "sampling", iteration, row, sample_index) % 2**62
+    place = row if file == 0 else f"{file}:{row}"  # rows of the first file go by their number alone
+    return stable_hash(seed, "sampling", iteration, place, sample_index) % 2**62
 
 
 def stable_hash(*parts: int | str) -> int:

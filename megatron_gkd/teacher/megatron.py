@@ -49,9 +49,8 @@ class MegatronTeacher:
 
     def score(self, batch: Batch, micro_batches: list[MicroBatch]) -> list[HiddenSignal]:
         """See ``TeacherEngine.score``."""
-        lengths = [len(sample.completion_ids) for sample in batch.samples]
-        seq_length = micro_batches[0].tokens_BS.shape[1]
-        rows_TH = self._score_own_share(batch, seq_length)
+        lengths = [sample.num_loss_tokens for sample in batch.samples]
+        rows_TH = self._score_own_share(batch.as_read_by_teacher())
         layout, config = self._groups.layout, self._model.config
         received_TH = route_rows(
             plan_transfers(layout, self._student_layout, len(lengths)),
@@ -67,13 +66,14 @@ class MegatronTeacher:
         first = share(len(lengths), self._student_dp_rank, self._student_layout.dp_size)[0]
         return _split(received_TH, micro_batches, lengths, first)
 
-    def _score_own_share(self, batch: Batch, seq_length: int) -> Tensor | None:
-        dp_size = self._groups.layout.dp_size
+    def _score_own_share(self, batch: Batch) -> Tensor | None:
+        layout = self._groups.layout
+        dp_size = layout.dp_size
         own = batch.micro_batches(
             min(len(batch.samples) // dp_size, self._micro_batch_size),
             dp_rank=self._groups.dp_rank,
             dp_size=dp_size,
-            seq_length=seq_length,
+            seq_length=batch.padded_length(layout.tp_size if self._model.config.sequence_parallel else 1),
             pad_id=self._pad_id,
         )
         rows = forward_rows(self._model, self._model.config, self._groups, own)

@@ -16,9 +16,7 @@ from megatron_gkd.checkpoint.weights import WeightSource, load_head, load_weight
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.schema import ModelConfig
-from megatron_gkd.data.prompts import PromptLoader, load_prompts
 from megatron_gkd.data.sample import Batch, MicroBatch
-from megatron_gkd.data.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
 from megatron_gkd.models.gpt import HiddenTap, build_gpt
 from megatron_gkd.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_gkd.optim.schedule import LearningRateSchedule
@@ -147,7 +145,7 @@ def build_teacher(
         dtype=student.dtype,
         device=world.device,
         kernels=world.kernels,
-        max_seq_length=config.seq_length,
+        max_seq_length=config.teacher_seq_length,
         sequence_parallel=parallel.sequence_parallel,
         is_headless=True,
     )
@@ -174,32 +172,6 @@ def build_teacher(
     )
     log.info("Teacher: %s, %s, headless", source.folder, groups.layout)
     return teacher, head_VH
-
-
-def build_tokenizer(config: GkdConfig) -> Tokenizer:
-    """The student's tokenizer.
-
-    Raises:
-        ValueError: The teacher's has another vocabulary, so that the two distributions cannot be compared.
-    """
-    student = load_tokenizer(config.student.hf_folder)
-    require_same_vocabulary(student, load_tokenizer(config.teacher.hf_folder))
-    return student
-
-
-def build_loader(config: GkdConfig, tokenizer: Tokenizer) -> PromptLoader:
-    """The prompts in the order of the seed; every rank reads them for itself."""
-    prompts = load_prompts(
-        config.data.prompts,
-        tokenizer,
-        max_prompt_length=config.data.max_prompt_length,
-        overlong=config.data.overlong_prompts,
-        max_bad_rows=config.data.max_bad_rows,
-        require_completions=config.gkd.lmbda < 1,
-        max_completion_length=config.rollout.max_new_tokens if config.gkd.lmbda < 1 else None,
-    )
-    log.info("Prompts: %s", prompts.summary())
-    return PromptLoader(prompts, seed=config.train.seed, shuffle=config.data.shuffle)
 
 
 def make_micro_batches(config: GkdConfig, groups: ModelGroups, batch: Batch, pad_id: int) -> list[MicroBatch]:

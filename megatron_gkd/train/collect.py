@@ -1,16 +1,17 @@
 """One iteration's batch: prompts, and their completions by the student or from data."""
 
+from collections import Counter
 from collections.abc import Sequence
 
-from megatron_gkd.data.prompts import PromptLoader
 from megatron_gkd.data.sample import Batch, Prompt, Sample
+from megatron_gkd.data.streams import PromptStream
 from megatron_gkd.rollout.engine import RolloutEngine
 from megatron_gkd.rollout.mixing import choose_on_policy, sampling_seed
 from megatron_gkd.train.state import TrainState
 
 
 def collect_batch(
-    loader: PromptLoader,
+    loader: PromptStream,
     engine: RolloutEngine,
     state: TrainState,
     *,
@@ -31,15 +32,26 @@ def collect_batch(
         seed: Seed of the run.
     """
     prompts = loader.take(global_batch_size // num_samples)
-    slots = [(prompt, k) for prompt in prompts for k in range(num_samples)]
+    slots = _number_samples(prompts, num_samples)
     flags = choose_on_policy(len(slots), lmbda=lmbda, consumed_samples=state.consumed_samples, seed=seed)
     asked = [slot for slot, is_on_policy in zip(slots, flags, strict=True) if is_on_policy]
     written = iter(_generate(engine, asked, state.iteration, seed))
     samples = tuple(
-        next(written) if is_on_policy else _from_data(prompt, k)
+        next(written) if is_on_policy else sample_from_data(prompt, k)
         for (prompt, k), is_on_policy in zip(slots, flags, strict=True)
     )
     return Batch(samples)
+
+
+def _number_samples(prompts: Sequence[Prompt], num_samples: int) -> list[tuple[Prompt, int]]:
+    """(prompt, sample index) in order; a prompt that comes again, in the next pass, counts on."""
+    times: Counter[tuple[int, int]] = Counter()
+    slots = []
+    for prompt in prompts:
+        key = prompt.file, prompt.row
+        slots += [(prompt, times[key] * num_samples + k) for k in range(num_samples)]
+        times[key] += 1
+    return slots
 
 
 def _generate(
@@ -47,7 +59,7 @@ def _generate(
 ) -> list[Sample]:
     if not slots:
         return []
-    seeds = [sampling_seed(seed, iteration, prompt.row, k) for prompt, k in slots]
+    seeds = [sampling_seed(seed, iteration, prompt.row, k, file=prompt.file) for prompt, k in slots]
     completions = engine.generate([prompt.ids for prompt, _ in slots], seeds)
     return [
         Sample(
@@ -58,13 +70,16 @@ def _generate(
             is_on_policy=True,
             finish_reason="stop" if completion.finish_reason == "stop" else "length",
             weight_version=completion.weight_version,
+            file=prompt.file,
+            teacher_prompt_ids=prompt.teacher_ids,
         )
         for (prompt, k), completion in zip(slots, completions, strict=True)
     ]
 
 
-def _from_data(prompt: Prompt, sample_index: int) -> Sample:
-    assert prompt.completion_ids is not None  # load_prompts refuses rows without one when lmbda < 1
+def sample_from_data(prompt: Prompt, sample_index: int) -> Sample:
+    """The prompt with its own completion."""
+    assert prompt.completion_ids is not None  # reading refuses rows without one where they are needed
     return Sample(
         row=prompt.row,
         sample_index=sample_index,
@@ -73,4 +88,7 @@ def _from_data(prompt: Prompt, sample_index: int) -> Sample:
         is_on_policy=False,
         finish_reason="data",
         weight_version=-1,
+        file=prompt.file,
+        prompt_loss_mask=prompt.loss_mask,
+        teacher_prompt_ids=prompt.teacher_ids,
     )

@@ -16,10 +16,10 @@ from megatron_gkd.platform.kernels import detect_kernels
 from megatron_gkd.train.build import (
     build_student,
     build_teacher,
-    build_tokenizer,
     make_micro_batches,
     start_world,
 )
+from megatron_gkd.train.inputs import build_tokenizer
 from megatron_gkd.train.step import attach_signals, train_step
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ STAGES = ("teacher", "student")
 def dry_run(config: GkdConfig, platform: Platform) -> str:
     """Build student and teacher, update the student twice, write nothing. Collective.
 
-    Every sample has ``data.max_prompt_length`` + ``rollout.max_new_tokens`` tokens: no iteration of the run is larger.
+    Every sample has ``data.max_prompt_length`` + ``rollout.max_new_tokens`` tokens, and for the teacher as many as its own
+    prompts may have: no iteration of the run is larger.
 
     Args:
         config: Checked configuration.
@@ -79,9 +80,12 @@ def largest_batch(config: GkdConfig, vocab_size: int, seed: int) -> Batch:
     shape = (config.train.global_batch_size, config.seq_length)
     rows = torch.randint(vocab_size, shape, generator=generator).tolist()
     cut = config.data.max_prompt_length
+    teacher_ids = (0,) * config.data.teacher_prompt_length if config.data.teacher_prompt_length > cut else ()
     return Batch(
         tuple(
-            Sample(row, 0, tuple(ids[:cut]), tuple(ids[cut:]), True, "length", 0)
+            Sample(
+                row, 0, tuple(ids[:cut]), tuple(ids[cut:]), True, "length", 0, teacher_prompt_ids=teacher_ids
+            )
             for row, ids in enumerate(rows)
         )
     )

@@ -10,8 +10,8 @@ from torch import Tensor
 from megatron_gkd.checkpoint.store import CheckpointStore
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import load_hf_shapes
-from megatron_gkd.data.prompts import PromptLoader
-from megatron_gkd.data.sample import Batch
+from megatron_gkd.data.sample import Batch, Prompt
+from megatron_gkd.data.streams import PromptStream
 from megatron_gkd.data.tokenizer import Tokenizer
 from megatron_gkd.observability.status import State
 from megatron_gkd.parallel.collectives import any_rank
@@ -24,6 +24,7 @@ from megatron_gkd.train.probe import probe_sequences
 from megatron_gkd.train.records import Records
 from megatron_gkd.train.state import TrainState
 from megatron_gkd.train.step import StepResult, attach_signals, train_step
+from megatron_gkd.train.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +56,14 @@ class Trainer:
     config: GkdConfig
     world: World
     tokenizer: Tokenizer
-    loader: PromptLoader
+    loader: PromptStream
     student: Student
     teacher: TeacherEngine
     teacher_head_VH: Tensor | None
     host: EngineHost
     store: CheckpointStore
     records: Records
+    validation: Validation | None = None
     state: TrainState = field(default_factory=TrainState)
     saved_iteration: int = 0
 
@@ -132,6 +134,11 @@ class Trainer:
                 scored = attach_signals(batch, micro_batches, signals)
                 result = train_step(self.student, self.teacher_head_VH, scored, self.config.loss)
             self._advance(batch, result)
+            if self.validation is not None and self._is_validation_due():
+                with timers("validation"):
+                    self.validation.measure(
+                        self.student, self.teacher, self.teacher_head_VH, self.records.metrics
+                    )
             with timers("push"):
                 failure = self._push(engine, batch)
         push = self.host.pusher.last if self.host.pusher and failure is None else None
@@ -182,6 +189,10 @@ class Trainer:
                 "teacher's weights, or raise train.max_skipped_updates"
             )
 
+    def _is_validation_due(self) -> bool:
+        interval, iteration = self.config.evaluation.interval, self.state.iteration
+        return iteration == self.config.train.train_iters or (interval > 0 and iteration % interval == 0)
+
     def _is_save_due(self) -> bool:
         interval = self.config.checkpoint.save_interval
         return interval > 0 and self.state.iteration % interval == 0
@@ -191,7 +202,8 @@ def build_trainer(
     config: GkdConfig,
     world: World,
     tokenizer: Tokenizer,
-    loader: PromptLoader,
+    loader: PromptStream,
+    validation_prompts: tuple[Prompt, ...],
     on_host: Callable[[EngineHost], None],
 ) -> Trainer:
     """All parts of a run; a server that the run owns starts first, so that it loads meanwhile. Collective.
@@ -201,6 +213,7 @@ def build_trainer(
         world: This process.
         tokenizer: The student's tokenizer.
         loader: The prompts.
+        validation_prompts: Held-out rows; none: no validation.
         on_host: Receives the owner of the server before it is launched, so that it can be closed whatever happens next.
     """
     host = EngineHost(config, world, load_hf_shapes(config.student.hf_folder))
@@ -216,4 +229,17 @@ def build_trainer(
         device=world.device,
     )
     records = Records(config, world, tokenizer)
-    return Trainer(config, world, tokenizer, loader, student, teacher, teacher_head_VH, host, store, records)
+    validation = Validation(validation_prompts, config, tokenizer.pad_id) if validation_prompts else None
+    return Trainer(
+        config,
+        world,
+        tokenizer,
+        loader,
+        student,
+        teacher,
+        teacher_head_VH,
+        host,
+        store,
+        records,
+        validation,
+    )

@@ -5,14 +5,16 @@ import logging
 import torch.distributed as dist
 
 from megatron_gkd.config import GkdConfig
-from megatron_gkd.data.prompts import PromptLoader
+from megatron_gkd.data.sample import Prompt
+from megatron_gkd.data.streams import PromptStream
 from megatron_gkd.data.tokenizer import Tokenizer
 from megatron_gkd.observability.status import State
 from megatron_gkd.parallel.groups import join_job
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import detect_kernels
-from megatron_gkd.train.build import build_loader, build_tokenizer, start_world
+from megatron_gkd.train.build import start_world
 from megatron_gkd.train.engines import EngineHost
+from megatron_gkd.train.inputs import build_prompts, build_tokenizer, build_validation_prompts
 from megatron_gkd.train.loop import StopRequest, Trainer, build_trainer
 from megatron_gkd.train.preconditions import require_engine
 
@@ -47,9 +49,10 @@ class Run:
         """
         self._stop.listen()
         tokenizer = build_tokenizer(self._config)
-        loader = build_loader(self._config, tokenizer)
+        loader = build_prompts(self._config, tokenizer)
+        validation = build_validation_prompts(self._config, tokenizer)
         require_engine(self._config, is_leader=self._rank == 0)
-        self._build(tokenizer, loader)
+        self._build(tokenizer, loader, validation)
 
     def train(self) -> State:
         """Train to the end or to a stop request; returns the final state and writes it to ``status.json``."""
@@ -70,12 +73,12 @@ class Run:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _build(self, tokenizer: Tokenizer, loader: PromptLoader) -> None:
+    def _build(self, tokenizer: Tokenizer, loader: PromptStream, validation: tuple[Prompt, ...]) -> None:
         kernels = detect_kernels(on_cpu=self._platform.is_cpu)
         join_job(self._platform.collective_backend)
         world = start_world(self._platform, kernels)
         log.info("%d ranks on %s (%s); %s", world.size, world.device, self._platform.reason, kernels.reason)
-        self._trainer = build_trainer(self._config, world, tokenizer, loader, self._keep_host)
+        self._trainer = build_trainer(self._config, world, tokenizer, loader, validation, self._keep_host)
         self._trainer.resume()
 
     def _keep_host(self, host: EngineHost) -> None:

@@ -10,7 +10,7 @@ import torch
 from megatron_gkd.data.sample import MicroBatch
 from megatron_gkd.losses import linear_cross_entropy
 from megatron_gkd.models.gpt import head_weight
-from megatron_gkd.models.pipeline import forward_rows
+from megatron_gkd.models.pipeline import evaluation_mode, forward_rows
 from megatron_gkd.parallel.collectives import broadcast_json
 from megatron_gkd.train.build import Student
 
@@ -26,10 +26,8 @@ def trainer_log_probs(student: Student, sequences: Sequence[Sequence[int]]) -> l
     """Log-probability in nats of every token after the first, at temperature 1; collective, equal on all ranks."""
     rows_per_sequence = [len(ids) - 1 for ids in sequences]
     micro_batch = _as_micro_batch(sequences, student.groups.layout.tp_size)
-    was_training = student.model.training
-    student.model.eval()
-    rows = forward_rows(student.model, student.model.config, student.groups, [micro_batch])
-    student.model.train(was_training)
+    with evaluation_mode(student.model):
+        rows = forward_rows(student.model, student.model.config, student.groups, [micro_batch])
     values: list[float] = []
     if rows:
         labels_T = torch.tensor([i for ids in sequences for i in ids[1:]], device=rows[0].device)

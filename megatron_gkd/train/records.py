@@ -78,6 +78,8 @@ class Records:
             state.iteration, loss=by_name["loss"], lag=int(by_name["lag"]), num_tokens=int(by_name["tokens"])
         )
         log.info("%s", line)
+        if "validation/loss" in by_name:
+            log.info("Validation loss %.4f nats/token", by_name["validation/loss"])
         if self._writer is not None and self._samples is not None:
             self._writer.declare(metrics)
             self._writer.write(state.iteration, by_name)
@@ -95,6 +97,7 @@ class Records:
         for sample in batch.samples[: self._num_samples]:
             self._samples.write(
                 iteration,
+                file=sample.file,
                 row=sample.row,
                 prompt=self._tokenizer.decode(sample.prompt_ids),
                 completion=self._tokenizer.decode(sample.completion_ids),
@@ -121,7 +124,7 @@ def _add_batch(metrics: Metrics, batch: Batch, state: TrainState) -> None:
 
 
 def _add_step(metrics: Metrics, batch: Batch, result: StepResult, state: TrainState, lr: float) -> None:
-    num_on_policy = sum(len(s.completion_ids) for s in batch.samples if s.is_on_policy)
+    num_on_policy = sum(s.num_loss_tokens for s in batch.samples if s.is_on_policy)
     num_off_policy = batch.num_loss_tokens - num_on_policy
     total = result.on_policy_loss_sum + result.off_policy_loss_sum
     metrics.add("loss", total / max(batch.num_loss_tokens, 1), unit="nats/token", reduce="sum")

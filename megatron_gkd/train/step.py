@@ -18,7 +18,7 @@ from megatron_gkd.config.schema import LossConfig
 from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.losses import linear_distill_loss
 from megatron_gkd.models.gpt import head_weight, select_rows
-from megatron_gkd.models.pipeline import train_schedule
+from megatron_gkd.models.pipeline import evaluate_schedule, train_schedule
 from megatron_gkd.optim.optimizer import has_finite_gradients, zero_gradients
 from megatron_gkd.parallel.collectives import any_rank
 from megatron_gkd.teacher.signal import HiddenSignal
@@ -62,7 +62,7 @@ def attach_signals(
     scored = []
     for i, micro_batch in enumerate(micro_batches):
         samples = [batch.samples[index] for index in micro_batch.indices]
-        flags = [sample.is_on_policy for sample in samples for _ in sample.completion_ids]
+        flags = [sample.is_on_policy for sample in samples for _ in range(sample.num_loss_tokens)]
         scored.append(
             ScoredMicroBatch(
                 micro_batch.tokens_BS,
@@ -85,9 +85,7 @@ def train_step(
     zero_gradients(student.ddp, student.optimizer)
     loss = partial(_distill, student=student, teacher_head_VH=teacher_head_VH, config=config)
     reports = train_schedule(student.ddp, student.model.config, student.groups, scored, loss)
-    on_policy, off_policy = 0.0, 0.0
-    if reports and student.groups.tp_rank == 0:
-        on_policy, off_policy = torch.stack([report["loss_sums_2"] for report in reports]).sum(0).tolist()
+    on_policy, off_policy = _loss_sums(reports, student)
     device = next(student.model.parameters()).device
     is_bad = not (
         has_finite_gradients(student.ddp) and math.isfinite(on_policy) and math.isfinite(off_policy)
@@ -97,6 +95,24 @@ def train_step(
     outcome: Any = student.optimizer.step()
     _, grad_norm, _ = outcome
     return StepResult(on_policy, off_policy, float(grad_norm or 0.0), is_skipped=False)
+
+
+def evaluate_step(
+    student: Student, teacher_head_VH: Tensor | None, scored: Sequence[ScoredMicroBatch], config: LossConfig
+) -> float:
+    """This rank's part of the loss of a batch, in nats summed over tokens; no gradient. Collective over all ranks."""
+    loss = partial(_distill, student=student, teacher_head_VH=teacher_head_VH, config=config)
+    reports = evaluate_schedule(student.model, student.model.config, student.groups, scored, loss)
+    return sum(_loss_sums(reports, student))
+
+
+def _loss_sums(reports: Sequence[dict[str, Tensor]], student: Student) -> tuple[float, float]:
+    """(on-policy, off-policy) loss of this rank; 0 off the last stage, and on all but one of its tensor-parallel ranks,
+    so that the sum over all ranks is the loss."""
+    if not reports or student.groups.tp_rank != 0:
+        return 0.0, 0.0
+    on_policy, off_policy = torch.stack([report["loss_sums_2"] for report in reports]).sum(0).tolist()
+    return on_policy, off_policy
 
 
 def _distill(

@@ -124,7 +124,33 @@ MISTAKES = {
     "no completions": (
         lambda f: prompts(f, '{"prompt": "Hi"}\n'), [], ["prompts.jsonl:1", "without completion", "set gkd.lmbda: 1"],
     ),
-    "no chat template": (without_chat_template, [], ["chat template"]),
+    "no chat template": (without_chat_template, [], ["chat template", "data.chat_template"]),
+    "template that is no Jinja": (
+        lambda f: (f / "chat.jinja").write_text("{{"), ["data.chat_template=FOLDER/chat.jinja"], ["line 1", "no Jinja", "data.chat_template"],
+    ),
+    "unknown kind of tokenizer": (None, ["data.tokenizer_kind=tiktoken"], ["data.tokenizer_kind", "'tiktoken'", "sentencepiece"]),
+    "no SentencePiece model": (
+        None, ["data.tokenizer=FOLDER/prompts.jsonl"], ["prompts.jsonl", "no usable SentencePiece model", "data.tokenizer_kind"],
+    ),
+    "columns of other names": (
+        lambda f: prompts(f, '{"question": "Hi"}\n'), [], ["prompts.jsonl:1", "no prompt", "question", "set data.prompt_key"],
+    ),
+    "prompt of a wrong type": (lambda f: prompts(f, '{"prompt": 7}\n'), [], ["prompts.jsonl:1", "prompt is a int"]),
+    "empty file, streamed": (lambda f: prompts(f, ""), ["data.streaming=true"], ["prompts.jsonl", "no usable prompt"]),
+    "weights without files": (None, ["data.weights=[1, 2]"], ["weights=[1.0, 2.0]", "1 files", "one per file"]),
+    "weight of nothing": (None, ["data.weights=[0]"], ["weights=[0.0]", "above 0"]),
+    "cut in the middle": (None, ["data.truncation=middle"], ["data.truncation", "'middle'", "'left'"]),
+    "no Parquet": (
+        lambda f: (f / "p.parquet").write_text("x"), ["data.prompts=FOLDER/p.parquet"], ["p.parquet", "cannot be read as Parquet"],
+    ),
+    "own class that is not there": (
+        None, ["data.dataset_class=nowhere:Rows"], ["data.dataset_class='nowhere:Rows'", "no module 'nowhere'", "PYTHONPATH"],
+    ),
+    "validation without completions": (
+        lambda f: (f / "v.jsonl").write_text('{"prompt": "Hi"}\n'), ["evaluation.files=FOLDER/v.jsonl"],
+        ["v.jsonl:1", "without completion", "evaluation.files"],
+    ),
+    "validation without files": (None, ["evaluation.interval=2"], ["interval=2", "evaluation.files"]),
     "output folder is a file": (None, ["train.output_dir=FOLDER/prompts.jsonl"], ["train.output_dir", "is a file", "choose a folder"]),
     "external engine without address": (None, ["rollout={kind: sglang, placement: external}"], ["placement=external", "urls"]),
     "address without http": (

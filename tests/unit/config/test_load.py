@@ -63,7 +63,7 @@ def test_all_problems_are_reported_at_once_with_key_and_hint(config_file):
         "train.train_iters: should be a valid integer",
         "rollout.kind: must be one of sglang, megatron (got 'vllm')",
         "student.parallel.tensor_paralel_size: unknown key; did you mean 'tensor_model_parallel_size'?",
-        "data.prompts: is required; JSONL file;",
+        "data.prompts: is required; A file, or a list of files",
     ):
         assert part in message
 
@@ -91,7 +91,17 @@ def test_all_problems_are_reported_at_once_with_key_and_hint(config_file):
         ("optim={lr: 1e-5, min_lr: 1e-4}", "min_lr=0.0001 is above lr"),
         ("optim.adam_eps=.inf", "should be a finite number"),
         ("train.seed=1.5", "should be a valid integer"),
-        ("data.prompts=[a]", r"data.prompts: .*path"),
+        ("data.prompts=3", r"data.prompts: should be a list \(got 3\)"),
+        ("data.prompts=[a, 3]", r"data.prompts\[1\]: .*path"),
+        ("data.prompts=[]", r"data.prompts: the list is empty; give at least one file"),
+        ("data.prompts=''", r"data.prompts: a path is empty; remove it"),
+        ("data.weights=[1, 2]", r"2 numbers for 1 files of prompts; give one per file"),
+        ("data.weights=[0]", r"weights=\[0.0\]: every weight must be above 0"),
+        ("data.completion_key=prompt", "must be four different columns"),
+        ("data.dataset_class=rows.py", r"must be package.module:Name or file.py:Name \(got 'rows.py'\)"),
+        ("data.tokenizer_kind=tiktoken", "data.tokenizer_kind: should be 'auto', 'hf' or 'sentencepiece'"),
+        ("data.truncation=middle", "data.truncation: should be 'error', 'left' or 'right'"),
+        ("evaluation.interval=5", "interval=5 and num_rows=None .*evaluation.files, which is empty"),
     ],
 )
 def test_a_wrong_override_is_named_with_its_fix(config_file, override, message):

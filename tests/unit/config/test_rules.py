@@ -22,6 +22,14 @@ from tests.unit.config.conftest import write_hf_config
         (["teacher.parallel.pipeline_model_parallel_size=3"], "does not divide the model's 4 layers"),
         (["data.max_prompt_length=900"], r"= 1156 tokens, but the student was made for 1024"),
         (
+            ["data.max_teacher_prompt_length=900"],
+            r"max_teacher_prompt_length=900 \+ rollout.max_new_tokens=256 = 1156 tokens, but the teacher",
+        ),
+        (["data.prompts=[a.jsonl]"], "data.prompts='a.jsonl': no such file"),
+        (["evaluation.files=b.parquet"], "evaluation.files='b.parquet': no such file"),
+        (["data.chat_template=c.jinja"], "data.chat_template='c.jinja': no such file"),
+        (["data.tokenizer=d"], "data.tokenizer='d': no such file or folder"),
+        (
             [
                 "rollout={kind: megatron}",
                 "student.parallel={tensor_model_parallel_size: 2, sequence_parallel: true}",

@@ -6,13 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd.data import rows
-from megatron_gkd.data.prompts import PromptLoader, PromptSet, load_prompts
+from megatron_gkd.data import row_files
+from megatron_gkd.data.prompts import PromptSet, RowPolicy, load_prompts
+from megatron_gkd.data.row_files import open_row_files
+from megatron_gkd.data.rows import RowEncoder, RowLimits
 from megatron_gkd.data.sample import Prompt
+from megatron_gkd.data.streams import PromptLoader
 from megatron_gkd.data.tokenizer import DataError
 
 BOS, EOS, EOT, W0 = 2, 3, 4, 7
-LIMITS = {"max_prompt_length": 8, "overlong": "drop", "max_bad_rows": 0, "require_completions": False}
+NEEDED_BY = "gkd.lmbda below 1; add it"
+
+
+def load(path: Path, tokenizer, max_completion_length: int | None = None, **policy) -> PromptSet:
+    """The prompts of a file, of at most eight tokens."""
+    encoder = RowEncoder(
+        tokenizer, RowLimits(policy.pop("max_prompt_length", 8), None, max_completion_length)
+    )
+    return load_prompts(open_row_files([path]), encoder, RowPolicy(**policy))
 
 
 def write(folder: Path, *lines) -> Path:
@@ -33,7 +44,7 @@ def test_text_and_chat_prompts_are_encoded_and_completions_end_with_eos(tmp_path
         {"prompt": [{"role": "user", "content": "w3"}], "completion": "w4 <eot>", "source": "x"},
         {"prompt": "w5", "completion": None},
     )
-    prompts = load_prompts(path, tokenizer, **LIMITS)
+    prompts = load(path, tokenizer)
     assert [(p.row, p.ids, p.completion_ids) for p in prompts.prompts] == [
         (0, (BOS, W0, W0 + 1), (W0 + 2, EOS)),
         (2, (BOS, 5, W0 + 3, EOT, 6), (W0 + 4, EOT)),
@@ -50,7 +61,7 @@ BAD_ROWS = {
     "not UTF-8": b'{"prompt": "w\xff"}',
     "not JSON": b'{"prompt": "w0',
     "a JSON list, not an object": b"[1]",
-    "no prompt": {"completion": "w1"},
+    "no prompt and no messages among its keys": {"completion": "w1"},
     "prompt is empty": {"prompt": " "},
     "prompt is a int, not text or messages": {"prompt": 3},
     "prompt is empty$": {"prompt": []},
@@ -75,7 +86,7 @@ BAD_ROWS = {
 def test_bad_row_is_refused_with_file_and_line(tmp_path, tokenizer, reason):
     path = write(tmp_path, {"prompt": "w0"}, b"", BAD_ROWS[reason], {"prompt": "w1"})
     with pytest.raises(DataError, match=rf"prompts\.jsonl:3: .*{reason}"):
-        load_prompts(path, tokenizer, **LIMITS)
+        load(path, tokenizer)
 
 
 def test_every_row_is_accounted_for_when_bad_rows_are_allowed(tmp_path, tokenizer, caplog):
@@ -83,7 +94,7 @@ def test_every_row_is_accounted_for_when_bad_rows_are_allowed(tmp_path, tokenize
     overlong = [{"prompt": "w0 " * 9}] * 3
     path = write(tmp_path, *BAD_ROWS.values(), *good, *overlong)
     with caplog.at_level("INFO", logger="megatron_gkd"):
-        prompts = load_prompts(path, tokenizer, **{**LIMITS, "max_bad_rows": len(BAD_ROWS)})
+        prompts = load(path, tokenizer, max_bad_rows=len(BAD_ROWS))
     assert [p.row for p in prompts.prompts] == [len(BAD_ROWS) + i for i in range(5)]
     assert (prompts.num_bad, prompts.num_overlong) == (len(BAD_ROWS), 3)
     for number in range(1, len(BAD_ROWS) + 1):
@@ -94,63 +105,64 @@ def test_every_row_is_accounted_for_when_bad_rows_are_allowed(tmp_path, tokenize
 @pytest.mark.parametrize(("num_bad", "is_refused"), [(2, False), (3, True)])
 def test_limit_of_bad_rows_is_the_number_that_still_passes(tmp_path, tokenizer, num_bad, is_refused):
     path = write(tmp_path, {"prompt": "w0"}, *[b"x"] * num_bad)
-    options = {**LIMITS, "max_bad_rows": 2}
+    options = {"max_bad_rows": 2}
     if is_refused:
         with pytest.raises(DataError, match=r"more than data\.max_bad_rows=2 bad rows"):
-            load_prompts(path, tokenizer, **options)
+            load(path, tokenizer, **options)
     else:
-        assert load_prompts(path, tokenizer, **options).num_bad == num_bad
+        assert load(path, tokenizer, **options).num_bad == num_bad
 
 
 def test_refusal_names_the_first_ten_bad_rows(tmp_path, tokenizer):
     with pytest.raises(DataError) as error:
-        load_prompts(write(tmp_path, *[b"x"] * 30), tokenizer, **LIMITS)
+        load(write(tmp_path, *[b"x"] * 30), tokenizer)
     assert [f"prompts.jsonl:{n}:" in str(error.value) for n in range(1, 13)] == [True] * 10 + [False] * 2
 
 
 def test_line_of_ten_megabytes_is_one_bad_row_and_the_next_line_is_read(tmp_path, tokenizer):
     path = write(tmp_path, {"prompt": "w0 " * 3_400_000}, {"prompt": "w1"})
-    assert path.stat().st_size > 10_000_000 > rows.MAX_LINE_BYTES
-    prompts = load_prompts(path, tokenizer, **{**LIMITS, "max_bad_rows": 1})
-    assert prompts.bad_rows == (f"{path}:1: longer than {rows.MAX_LINE_BYTES} bytes",)
+    assert path.stat().st_size > 10_000_000 > row_files.MAX_LINE_BYTES
+    prompts = load(path, tokenizer, max_bad_rows=1)
+    assert prompts.bad_rows == (f"{path}:1: longer than {row_files.MAX_LINE_BYTES} bytes",)
     assert [p.row for p in prompts.prompts] == [1]
 
 
 @pytest.mark.parametrize("overshoot", [-1, 0, 1, 2, 3])
 def test_line_limit_is_exact_around_its_own_length(tmp_path, tokenizer, monkeypatch, overshoot):
     line = b'{"prompt": "w0"}'
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", len(line) + 1 - overshoot)  # with its newline
+    monkeypatch.setattr(row_files, "MAX_LINE_BYTES", len(line) + 1 - overshoot)  # with its newline
     path = write(tmp_path, line, line)
     if overshoot > 0:
         with pytest.raises(DataError, match="2 bad"):
-            load_prompts(path, tokenizer, **{**LIMITS, "max_bad_rows": 2})
+            load(path, tokenizer, max_bad_rows=2)
     else:
-        prompts = load_prompts(path, tokenizer, **LIMITS)
+        prompts = load(path, tokenizer)
         assert [p.row for p in prompts.prompts] == [0, 1]
 
 
 def test_last_line_without_newline_is_read(tmp_path, tokenizer):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "w0"}\n{"prompt": "w1"}')
-    assert len(load_prompts(path, tokenizer, **LIMITS).prompts) == 2
+    assert len(load(path, tokenizer).prompts) == 2
 
 
 def test_prompt_of_exactly_the_limit_is_kept_and_one_more_token_is_overlong(tmp_path, tokenizer):
     path = write(tmp_path, {"prompt": "w0 " * 7}, {"prompt": "w0 " * 8})  # and one token in front
-    prompts = load_prompts(path, tokenizer, **LIMITS)
+    prompts = load(path, tokenizer)
     assert [len(p.ids) for p in prompts.prompts] == [8]
     assert prompts.overlong_rows == (f"{path}:2: prompt has 9 tokens, more than data.max_prompt_length=8",)
     with pytest.raises(
-        DataError, match=r"set data\.overlong_prompts: drop\. First rows:\n.*:2: prompt has 9 tokens"
+        DataError,
+        match=r"set data\.truncation, or set data\.overlong_prompts: drop\. First rows:\n.*:2: prompt has 9 tokens",
     ):
-        load_prompts(path, tokenizer, **{**LIMITS, "overlong": "error"})
+        load(path, tokenizer, overlong="error")
 
 
 def test_completion_limit_counts_the_eos_token(tmp_path, tokenizer):
     path = write(
         tmp_path, {"prompt": "w0", "completion": "w1 w2"}, {"prompt": "w0", "completion": "w1 w2 w3"}
     )
-    prompts = load_prompts(path, tokenizer, max_completion_length=3, **LIMITS)
+    prompts = load(path, tokenizer, max_completion_length=3)
     assert [p.row for p in prompts.prompts] == [0]
     assert prompts.overlong_rows == (
         f"{path}:2: completion has 4 tokens, more than rollout.max_new_tokens=3",
@@ -159,28 +171,28 @@ def test_completion_limit_counts_the_eos_token(tmp_path, tokenizer):
 
 def test_missing_completions_are_named_only_where_they_are_required(tmp_path, tokenizer):
     path = write(tmp_path, {"prompt": "w0", "completion": "w1"}, {"prompt": "w0"}, {"prompt": "w1"})
-    assert len(load_prompts(path, tokenizer, **LIMITS).prompts) == 3
+    assert len(load(path, tokenizer).prompts) == 3
     with pytest.raises(
-        DataError, match=r"2 rows without completion, which gkd\.lmbda below 1 needs(.|\n)*:2\n.*:3$"
+        DataError, match=r"2 rows without completion, needed by gkd\.lmbda below 1; add it(.|\n)*:2\n.*:3$"
     ):
-        load_prompts(path, tokenizer, **{**LIMITS, "require_completions": True})
+        load(path, tokenizer, completions_needed_by=NEEDED_BY)
 
 
 @pytest.mark.parametrize("lines", [[], [b"", b"  "], [{"prompt": "w0 " * 9}]])
 def test_file_without_usable_prompt_is_refused(tmp_path, tokenizer, lines):
     with pytest.raises(DataError, match="no usable prompt"):
-        load_prompts(write(tmp_path, *lines), tokenizer, **LIMITS)
+        load(write(tmp_path, *lines), tokenizer)
 
 
 def test_missing_file_is_named(tmp_path, tokenizer):
-    with pytest.raises(DataError, match=r"data\.prompts: .*none\.jsonl is not a file"):
-        load_prompts(tmp_path / "none.jsonl", tokenizer, **LIMITS)
+    with pytest.raises(DataError, match=r"data\.prompts: .*none\.jsonl does not exist"):
+        load(tmp_path / "none.jsonl", tokenizer)
 
 
 def test_missing_chat_template_ends_the_load_and_is_no_bad_row(tmp_path, make_tokenizer):
     path = write(tmp_path, {"prompt": [{"role": "user", "content": "w0"}]})
     with pytest.raises(DataError, match="has no chat template"):
-        load_prompts(path, make_tokenizer(chat_template=None), **{**LIMITS, "max_bad_rows": 5})
+        load(path, make_tokenizer(chat_template=None), max_bad_rows=5)
 
 
 def test_fingerprint_changes_with_kept_rows_and_vocabulary_and_nothing_else(
@@ -189,7 +201,7 @@ def test_fingerprint_changes_with_kept_rows_and_vocabulary_and_nothing_else(
     lines = [{"prompt": "w0"}, {"prompt": "w1 w2"}]
 
     def fingerprint(*lines, tokenizer=tokenizer, **options):
-        return load_prompts(write(tmp_path, *lines), tokenizer, **{**LIMITS, **options}).fingerprint
+        return load(write(tmp_path, *lines), tokenizer, **options).fingerprint
 
     first = fingerprint(*lines)
     assert fingerprint(*lines, max_bad_rows=3) == first
@@ -201,7 +213,7 @@ def test_fingerprint_changes_with_kept_rows_and_vocabulary_and_nothing_else(
 
 def prompt_set(num_prompts: int, fingerprint: str = "f0") -> PromptSet:
     prompts = tuple(Prompt(row=i, ids=(i,), completion_ids=None, text=str(i)) for i in range(num_prompts))
-    return PromptSet(prompts, Path("p.jsonl"), fingerprint)
+    return PromptSet(prompts, "p.jsonl", fingerprint)
 
 
 def rows_of(loader: PromptLoader, n: int) -> list[int]:

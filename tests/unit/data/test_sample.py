@@ -1,6 +1,7 @@
 """Loss masks, padding and splits of batches; what the models do with them is covered in tests/distributed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,34 @@ def test_position_i_is_in_the_loss_when_token_i_plus_1_is_a_completion_token():
     assert micro_batch.position_ids_BS.tolist() == [list(range(8))]
     assert (micro_batch.tokens_BS.dtype, micro_batch.position_ids_BS.dtype) == (torch.int64, torch.int64)
     assert micro_batch.loss_mask_BS.dtype == torch.bool
+
+
+def test_earlier_turns_of_the_prompt_count_beside_the_completion():
+    sample = replace(make_sample(4, 2), prompt_loss_mask=(False, True, False, False))
+    assert sample.num_loss_tokens == Batch((sample,)).num_loss_tokens == 3
+    (micro_batch,) = split(Batch((sample,)), 1)
+    targets = micro_batch.tokens_BS.roll(-1, dims=1)[micro_batch.loss_mask_BS]
+    assert targets.tolist() == [2, 1000, 1001]
+
+
+def test_the_teacher_reads_its_own_prompt_before_the_same_loss_tokens():
+    samples = (replace(make_sample(2, 3), teacher_prompt_ids=(7, 8, 9, 10)), make_sample(3, 2, row=1))
+    batch = Batch(samples)
+    seen = batch.as_read_by_teacher()
+    assert [s.prompt_ids for s in seen.samples] == [(7, 8, 9, 10), (1, 2, 3)]
+    assert seen.num_loss_tokens == batch.num_loss_tokens
+    targets = [
+        m.tokens_BS.roll(-1, dims=1)[m.loss_mask_BS].tolist() for b in (batch, seen) for m in split(b, 2)
+    ]
+    assert targets[0] == targets[1]
+
+
+def test_a_mask_that_does_not_fit_is_refused():
+    for mask in ((False,), (True, False)):
+        with pytest.raises(ValueError, match="one flag for each of 2 tokens, the first of them False"):
+            replace(make_sample(2, 2), prompt_loss_mask=mask)
+    with pytest.raises(ValueError, match="teacher's own prompt has no rows"):
+        replace(make_sample(2, 2), prompt_loss_mask=(False, True), teacher_prompt_ids=(1,))
 
 
 def test_prompt_of_one_token_is_in_the_loss_from_position_zero():
@@ -115,7 +144,10 @@ def test_padded_length_is_the_next_multiple(multiple_of, expected):
 
 
 def test_batch_survives_json():
-    batch = Batch(tuple(make_sample(2 + row, 3, row) for row in range(3)))
+    samples = [make_sample(2 + row, 3, row) for row in range(3)]
+    samples[0] = replace(samples[0], file=2, prompt_loss_mask=(False, True))
+    samples[1] = replace(samples[1], teacher_prompt_ids=(5, 6))
+    batch = Batch(tuple(samples))
     assert Batch.from_json(json.loads(json.dumps(batch.to_json()))) == batch
 
 

@@ -186,6 +186,7 @@ def test_samples_are_written_as_readable_text_whatever_the_model_says(tmp_path):
     for iteration, text in enumerate(texts, start=1):
         writer.write(
             iteration,
+            file=0,
             row=4,
             prompt="p",
             completion=text,
@@ -197,7 +198,7 @@ def test_samples_are_written_as_readable_text_whatever_the_model_says(tmp_path):
     assert [line["completion"] for line in lines] == texts
     assert "\u4f60\u597d" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
     assert lines[0].keys() == {
-        "iteration", "row", "prompt", "completion", "finish_reason", "is_on_policy", "weight_version",
+        "iteration", "file", "row", "prompt", "completion", "finish_reason", "is_on_policy", "weight_version",
     }  # fmt: skip
     writer.truncate_after(1)
     assert len(read_lines(tmp_path / "samples.jsonl")) == 1

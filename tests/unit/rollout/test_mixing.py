@@ -56,4 +56,5 @@ def test_hashes_are_the_same_on_every_machine():
     """A change here would break the resumption of every run."""
     digest = hashlib.sha256(b"1234/on-policy/8").digest()
     assert stable_hash(1234, "on-policy", 8) == int.from_bytes(digest[:8], "little")
-    assert sampling_seed(1, 2, 3, 4) == 3447186396264559642
+    assert sampling_seed(1, 2, 3, 4) == sampling_seed(1, 2, 3, 4, file=0) == 3447186396264559642
+    assert sampling_seed(1, 2, 3, 4, file=1) == 3613253145795680058

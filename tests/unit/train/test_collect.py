@@ -82,3 +82,29 @@ def test_the_loader_gives_one_prompt_for_several_samples():
     loader = StandInLoader()
     collect(1.0, TrainState(), num_samples=4, loader=loader)
     assert loader.taken == 2
+
+
+def test_a_prompt_that_comes_twice_in_a_batch_counts_on_so_that_no_seed_is_used_twice():
+    class ShortLoader:
+        def take(self, n):
+            return [Prompt(i % 3, (i % 3, 1), None, "", file=i // 6) for i in range(n)]
+
+    engine = StandInEngine()
+    batch = collect(1.0, TrainState(), num_samples=1, loader=ShortLoader(), engine=engine)
+    assert [(s.file, s.row, s.sample_index) for s in batch.samples] == [
+        (0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 0, 1), (0, 1, 1), (0, 2, 1), (1, 0, 0), (1, 1, 0),
+    ]  # fmt: skip
+    assert len(set(engine.requests[0][1])) == 8
+
+
+def test_earlier_turns_count_in_data_only_and_the_teachers_prompt_in_both():
+    class Loader:
+        def take(self, n):
+            conversation = Prompt(0, (5, 6, 7), (8, 9), "", loss_mask=(False, True, False))
+            privileged = Prompt(1, (5, 6, 7), (8, 9), "", teacher_ids=(1, 2))
+            return [conversation, privileged] * (n // 2)
+
+    for lmbda, mask in ((0.0, (False, True, False)), (1.0, ())):
+        batch = collect(lmbda, TrainState(), num_samples=1, loader=Loader())
+        assert {s.prompt_loss_mask for s in batch.samples if s.row == 0} == {mask}
+        assert {s.teacher_prompt_ids for s in batch.samples if s.row == 1} == {(1, 2)}
