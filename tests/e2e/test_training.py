@@ -26,6 +26,7 @@ from tests.support.launching import (
     training_command,
     write_run_config,
 )
+from tests.support.tiny_models import write_prompts
 
 VALUES = ("loss", "loss/on_policy", "loss/off_policy", "grad_norm", "lr", "tokens", "tokens/consumed")
 
@@ -56,7 +57,17 @@ def export(checkpoint: Path, out: Path) -> dict:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
-    config = write_run_config(tmp_path)
+    more = str(write_prompts(tmp_path / "more.jsonl", 5))
+    config = write_run_config(
+        tmp_path,
+        data={
+            "prompts": [str(tmp_path / "prompts.jsonl"), more],
+            "weights": [2, 1],
+            "streaming": True,
+            "shuffle_rows": 3,
+        },
+        evaluation={"files": more, "interval": 3},
+    )
     whole, parts = tmp_path / "run", tmp_path / "parts"
     output = train(config)
     assert read_status(whole) == {"state": "done", "iteration": 4, "reason": "all iterations are done"}
@@ -74,6 +85,8 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_p
     assert f"Resuming from {parts}" in output
     for expected, got in zip(read_metrics(whole), read_metrics(parts), strict=True):
         assert {key: got[key] for key in VALUES} == {key: expected[key] for key in VALUES}
+        assert got.get("validation/loss") == expected.get("validation/loss")
+        assert ("validation/loss" in got) == (got["iteration"] >= 3), "after every third and after the last"
     expected = export(whole / "checkpoints" / "iter_0000004", tmp_path / "whole_hf")
     got = export(parts / "checkpoints" / "iter_0000004", tmp_path / "parts_hf")
     assert expected.keys() == got.keys()
