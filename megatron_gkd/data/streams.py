@@ -11,6 +11,14 @@ from megatron_gkd.data.sample import Prompt
 from megatron_gkd.data.tokenizer import DataError
 
 
+class PromptsChanged(DataError):
+    """The prompts, or their order, are not those of the checkpoint; ``keys`` are the configuration keys behind it."""
+
+    def __init__(self, message: str, keys: tuple[str, ...]):
+        super().__init__(message)
+        self.keys = keys
+
+
 class PromptStream(Protocol):
     """Prompts, pass after pass over the files."""
 
@@ -35,7 +43,7 @@ class PromptStream(Protocol):
         """Continue exactly behind the last prompt that was taken before ``state_dict``.
 
         Raises:
-            DataError: The state belongs to other prompts, another seed or another order.
+            PromptsChanged: The state belongs to other prompts, another seed or another order; nothing was changed.
         """
         ...
 
@@ -147,8 +155,14 @@ class MixedPrompts:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See ``PromptStream``."""
         require_same(state, {"weights": list(self._weights)}, "data.prompts")
-        for stream, own in zip(self._streams, state["streams"], strict=True):
-            stream.load_state_dict(own)
+        before = [stream.state_dict() for stream in self._streams]
+        try:
+            for stream, own in zip(self._streams, state["streams"], strict=True):
+                stream.load_state_dict(own)
+        except PromptsChanged:
+            for stream, own in zip(self._streams, before, strict=True):
+                stream.load_state_dict(own)
+            raise
         self._taken = list(state["taken"])
 
 
@@ -172,16 +186,19 @@ def require_same(state: Mapping[str, Any], identity: Mapping[str, Any], name: st
     """Refuse the state of another stream.
 
     Raises:
-        DataError: Names what differs, both values, and the key to set back.
+        PromptsChanged: Names what differs, both values, and the keys to set back.
     """
-    for part, value in identity.items():
-        if part not in state:
-            raise DataError(
-                f"the checkpoint's place in the prompts ({', '.join(sorted(state))}) is not one for {name}: it has no "
-                f"{part}; set data.streaming and data.weights back, or start in a new train.output_dir"
-            )
-        if state[part] != value:
-            raise DataError(
-                f"the checkpoint was written with {part} {state[part]!r} of the prompts, this run has {value!r} "
-                f"({name}); set {_SETTINGS[part]} back, or start in a new train.output_dir"
-            )
+    if missing := identity.keys() - state.keys():
+        keys = ("data.streaming", "data.weights")
+        values = f"a stream of another kind, without {', '.join(sorted(missing))}"
+    else:
+        different = [part for part, value in identity.items() if state[part] != value]
+        if not different:
+            return
+        keys = tuple(_SETTINGS[part] for part in different)
+        values = ", ".join(f"{part} {state[part]!r} (now {identity[part]!r})" for part in different)
+    raise PromptsChanged(
+        f"the checkpoint was written for other prompts than {name}: {values}; set {', '.join(keys)} back, or start in a "
+        "new train.output_dir",
+        keys,
+    )

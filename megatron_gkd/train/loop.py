@@ -12,7 +12,7 @@ from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import load_hf_shapes
 from megatron_gkd.data.sample import Batch, Prompt
 from megatron_gkd.data.streams import PromptStream
-from megatron_gkd.data.tokenizer import Tokenizer
+from megatron_gkd.data.tokenizer import DataError, Tokenizer
 from megatron_gkd.observability.status import State
 from megatron_gkd.parallel.collectives import any_rank
 from megatron_gkd.rollout.engine import EngineError, RolloutEngine
@@ -91,6 +91,7 @@ class Trainer:
 
         Raises:
             EngineError: The generation engine failed; a checkpoint was saved before.
+            DataError: A row of a stream cannot be used; the same.
             TrainingFailed: Too many updates in a row had gradients that were not finite.
         """
         train = self.config.train
@@ -107,8 +108,8 @@ class Trainer:
                 self._iterate(engine)
                 if self._is_save_due():
                     self.save()
-        except EngineError:
-            # every rank gets here alike: engines raise the same error on all of them
+        except (EngineError, DataError):
+            # every rank gets here alike: engines raise the same error on all of them, and all read the same rows
             self.save()
             raise
         self.save()
@@ -168,7 +169,7 @@ class Trainer:
                 lmbda=config.gkd.lmbda,
                 seed=config.train.seed,
             )
-        except EngineError:
+        except (EngineError, DataError):
             self.loader.load_state_dict(position)  # no prompt of the unfinished iteration is lost
             raise
 

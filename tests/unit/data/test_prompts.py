@@ -277,8 +277,11 @@ def test_resumed_stream_continues_exactly(num_before):
             PromptLoader(prompt_set(3, "f1"), seed=5, shuffle=True),
             "fingerprint 'f0' .*'f1'.* set data.prompts back",
         ),
-        (PromptLoader(prompt_set(3), seed=6, shuffle=True), "seed 5 .* 6 .*set train.seed back"),
-        (PromptLoader(prompt_set(3), seed=5, shuffle=False), "shuffle True .* False .*set data.shuffle back"),
+        (PromptLoader(prompt_set(3), seed=6, shuffle=True), "seed 5 .*now 6.*set train.seed back"),
+        (
+            PromptLoader(prompt_set(3), seed=5, shuffle=False),
+            "shuffle True .*now False.*set data.shuffle back",
+        ),
     ],
 )
 def test_state_of_another_stream_is_refused_and_both_are_named(loader, message):

@@ -14,7 +14,7 @@ from megatron_gkd.data.row_files import open_row_files
 from megatron_gkd.data.rows import RowEncoder, RowLimits
 from megatron_gkd.data.sample import Prompt
 from megatron_gkd.data.streaming import StreamedPrompts
-from megatron_gkd.data.streams import MixedPrompts, PromptLoader
+from megatron_gkd.data.streams import MixedPrompts, PromptLoader, PromptsChanged
 from megatron_gkd.data.tokenizer import DataError
 
 SIZES = (13, 8)
@@ -111,9 +111,9 @@ def test_no_more_than_a_block_of_rows_is_held(stream, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 2}, r"seed 1 .* 2 .*set train\.seed back"),
+        ({"seed": 2}, r"seed 1 \(now 2\); set train\.seed back"),
         ({"shuffle": False}, r"set data\.shuffle back"),
-        ({"block_rows": 5}, r"shuffle_rows 4 .* 5 .*set data\.shuffle_rows back"),
+        ({"block_rows": 5}, r"shuffle_rows 4 \(now 5\); set data\.shuffle_rows back"),
     ],
 )
 def test_the_state_of_another_stream_is_refused(stream, changes, message):
@@ -127,7 +127,7 @@ def test_the_state_of_other_files_or_of_another_kind_of_stream_is_refused(stream
         stream(files[:1]).load_state_dict(state)
     in_memory = PromptLoader(prompt_set(3), seed=1, shuffle=True)
     with pytest.raises(
-        DataError, match=r"it has no shuffle_rows; set data\.streaming and data\.weights back"
+        DataError, match=r"another kind, without shuffle_rows; set data\.streaming, data\.weights back"
     ):
         stream().load_state_dict({**in_memory.state_dict(), "fingerprint": state["fingerprint"]})
 
@@ -224,10 +224,24 @@ def test_a_resumed_mixture_continues_exactly(num_before, stream, files):
 
 
 def test_the_state_of_another_mixture_is_refused():
-    with pytest.raises(DataError, match=r"weights \[3, 1\] .*\[1, 3\].*set data\.weights back"):
+    with pytest.raises(DataError, match=r"weights \[3, 1\] \(now \[1, 3\]\); set data\.weights back"):
         mixed(1, 3).load_state_dict(mixed(3, 1).state_dict())
-    with pytest.raises(DataError, match=r"it has no weights; set data\.streaming and data\.weights back"):
+    with pytest.raises(
+        DataError, match=r"another kind, without weights; set data\.streaming, data\.weights back"
+    ):
         mixed(1, 3).load_state_dict(PromptLoader(prompt_set(3), seed=1, shuffle=True).state_dict())
+
+
+def test_a_refused_state_changes_nothing():
+    state = mixed(1, 1).state_dict()
+    state["streams"][1]["seed"] = 7
+    stream = mixed(1, 1)
+    stream.take(5)
+    expected = stream.state_dict()
+    with pytest.raises(PromptsChanged) as caught:
+        stream.load_state_dict(state)
+    assert caught.value.keys == ("train.seed",)
+    assert stream.state_dict() == expected
 
 
 def test_a_mixture_starts_with_its_first_file():
