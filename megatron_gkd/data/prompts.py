@@ -192,6 +192,11 @@ class PromptLoader:
         """Full passes over the prompts that are behind us."""
         return self._epoch
 
+    @property
+    def num_prompts(self) -> int:
+        """Prompts of one pass."""
+        return len(self._prompts.prompts)
+
     def first_prompts(self, n: int) -> list[Prompt]:
         """Up to ``n`` prompts from the start of the file; does not advance."""
         return list(self._prompts.prompts[:n])

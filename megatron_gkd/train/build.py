@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_gkd.checkpoint.weights import WeightSource, load_head, load_weights
 from megatron_gkd.config import GkdConfig
@@ -19,13 +21,14 @@ from megatron_gkd.config.schema import ModelConfig
 from megatron_gkd.data.prompts import PromptLoader, load_prompts
 from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.data.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
+from megatron_gkd.models.families.patterns import undecayed_tensors
 from megatron_gkd.models.gpt import HiddenTap, build_gpt
 from megatron_gkd.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_gkd.optim.schedule import LearningRateSchedule
 from megatron_gkd.parallel.groups import ModelGroups, init_student_groups, make_model_groups
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import Kernels
-from megatron_gkd.reshard.layout import WeightLayout
+from megatron_gkd.reshard.layout import WeightLayout, parameters_made_of
 from megatron_gkd.teacher.megatron import MegatronTeacher
 
 log = logging.getLogger(__name__)
@@ -125,12 +128,24 @@ def build_student(config: GkdConfig, world: World) -> Student:
         device=world.device,
     )
     tap = HiddenTap(model) if groups.is_last_stage else None
-    ddp = wrap_ddp(model, groups)
-    optimizer = build_optimizer(ddp, groups, config.optim, dtype)
-    schedule = LearningRateSchedule(optimizer, config.optim, config.train.train_iters)
     weights = WeightLayout(shapes, groups.layout, model.vocab_size)
+    ddp = wrap_ddp(model, groups)
+    undecayed = _parameters_of(undecayed_tensors(config.optim, shapes), model, weights, groups)
+    optimizer = build_optimizer(ddp, groups, config.optim, dtype, undecayed)
+    schedule = LearningRateSchedule(optimizer, config.optim, config.train.train_iters)
     log.info("Student: %s, %s on %s", source.folder, groups.layout, world.device)
     return Student(model, ddp, optimizer, schedule, groups, tap, weights, dtype)
+
+
+def _parameters_of(
+    tensors: Collection[str], model: GPTModel, weights: WeightLayout, groups: ModelGroups
+) -> list[Parameter]:
+    """This rank's parameters that hold these Hugging Face tensors."""
+    parameters = dict(model.named_parameters())
+    names = parameters_made_of(
+        tensors, weights, tp_rank=groups.tp_rank, pp_rank=groups.pp_rank, parameters=parameters
+    )
+    return [parameters[name] for name in names]
 
 
 def build_teacher(

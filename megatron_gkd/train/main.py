@@ -48,6 +48,7 @@ class Run:
         self._stop.listen()
         tokenizer = build_tokenizer(self._config)
         loader = build_loader(self._config, tokenizer)
+        self._config = self._with_iterations(loader)
         require_engine(self._config, is_leader=self._rank == 0)
         self._build(tokenizer, loader)
 
@@ -69,6 +70,17 @@ class Run:
             self._trainer.records.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _with_iterations(self, loader: PromptLoader) -> GkdConfig:
+        config = self._config.with_iterations(loader.num_prompts)
+        if config is not self._config:
+            log.info(
+                "train.epochs=%g of %d prompts are %d iterations",
+                self._config.train.epochs,
+                loader.num_prompts,
+                config.train.train_iters,
+            )
+        return config
 
     def _build(self, tokenizer: Tokenizer, loader: PromptLoader) -> None:
         kernels = detect_kernels(on_cpu=self._platform.is_cpu)

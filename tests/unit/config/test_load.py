@@ -89,6 +89,13 @@ def test_all_problems_are_reported_at_once_with_key_and_hint(config_file):
         ("student.checkpoint=x", "both given, set one to null"),
         ("student.parallel.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
         ("optim={lr: 1e-5, min_lr: 1e-4}", "min_lr=0.0001 is above lr"),
+        (
+            "optim={warmup_iters: 1, warmup_fraction: 0.1}",
+            "warmup_fraction=0.1 are both given; set one of them to 0",
+        ),
+        ("optim.no_weight_decay=[' ']", "an empty pattern matches nothing"),
+        ("train.epochs=2", "exactly one of train_iters and epochs; both are given, set one to 0"),
+        ("train.train_iters=0", "exactly one of train_iters and epochs; neither is given"),
         ("optim.adam_eps=.inf", "should be a finite number"),
         ("train.seed=1.5", "should be a valid integer"),
         ("data.prompts=[a]", r"data.prompts: .*path"),
