@@ -26,6 +26,7 @@ from megatron_gkd.checkpoint.integrity import (
     write_manifest,
 )
 from megatron_gkd.checkpoint.weights import HF_FILES, WEIGHTS, fill_model
+from megatron_gkd.optim.optimizer import share_step
 from megatron_gkd.parallel.collectives import broadcast_json
 from megatron_gkd.parallel.groups import ModelGroups
 
@@ -104,8 +105,13 @@ class CheckpointStore:
         return json.loads((folder / STATE).read_text())
 
     def _sharded(self, model, optimizer, *, with_rng: bool, is_loading: bool = False) -> dict[str, Any]:
-        weights = model.sharded_state_dict(metadata={"dp_cp_group": self._groups.pg.dp_cp})
-        state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading)}
+        metadata = {"dp_cp_group": self._groups.pg.dp_cp}
+        weights = model.sharded_state_dict(metadata=metadata)
+        # layer by layer: Megatron would else want one tensor over all layers, and frozen ones have no state
+        by_layer = model.sharded_state_dict(metadata={**metadata, "non_homogeneous_layers": True})
+        optimizer_state = optimizer.sharded_state_dict(by_layer, is_loading=is_loading)
+        share_step(optimizer_state, device=self._device)
+        state = {"model": weights, "optimizer": optimizer_state}
         if with_rng:
             state[_RNG] = _sharded_rng_state(self._groups)
         return state

@@ -33,7 +33,8 @@ class OptimConfig(Config):
     weight_decay: float = Field(default=0.01, ge=0)
     """Weight decay of all weights but those of no_weight_decay."""
     no_weight_decay: tuple[str, ...] = ("*.bias", "*norm.weight")
-    """Glob patterns of weights without decay, on Hugging Face or Megatron names; by default biases and norms."""
+    """Glob patterns of weights without decay, on Hugging Face or Megatron names as in student.freeze; by default
+    biases and norms."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the running mean of the gradient."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_gkd.config import rules
 from megatron_gkd.config.base import Config
 from megatron_gkd.config.errors import ConfigError
-from megatron_gkd.config.optim import OptimConfig
+from megatron_gkd.config.optim import OptimConfig, require_patterns
 from megatron_gkd.config.rollout import RolloutConfig, SglangRolloutConfig
 from megatron_gkd.config.runtime import RuntimeConfig
 
@@ -82,6 +82,15 @@ class StudentConfig(ModelConfig):
     make_vocab_size_divisible_by: int = Field(default=1, ge=1)
     """The vocabulary is padded to a multiple of this times the tensor-parallel size; the padding takes no
     part in the loss."""
+    freeze: tuple[str, ...] = ()
+    """Glob patterns of weights that are not trained, such as model.embed_tokens.weight or decoder.layers.[0-7].*, on
+    Hugging Face or Megatron names with the layer's number in the whole model. Patterns that match nothing, or a part of
+    what Megatron keeps in one parameter (q, k and v; gate and up), are refused."""
+
+    @field_validator("freeze")
+    @classmethod
+    def _patterns_are_not_empty(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        return require_patterns(patterns)
 
 
 class TeacherConfig(ModelConfig):

@@ -21,6 +21,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
 from megatron_gkd.config.optim import OptimConfig
+from megatron_gkd.parallel.collectives import reduce_values
 from megatron_gkd.parallel.groups import ModelGroups
 
 
@@ -95,6 +96,17 @@ def _prepare_sgd_state(optimizer: MegatronOptimizer, momentum: float) -> None:
             for parameter in group["params"]:
                 # from zero, the first step is the gradient, as torch makes it
                 part.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def share_step(state: dict[str, Any], *, device: torch.device) -> None:
+    """Put the number of updates, which Adam needs, into the sharded state of every rank. Collective over all ranks.
+
+    A checkpoint keeps what rank 0 says, and rank 0 has none where its whole pipeline stage is frozen.
+    """
+    own = state.get("optimizer", state).get("state", {})  # one level deeper with bf16
+    step = reduce_values([float(own.get("common_step", 0))], ["max"], device=device)[0]
+    if step and "common_step" not in own:
+        own["common_step"] = torch.tensor(step)
 
 
 def zero_gradients(ddp: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:

@@ -17,18 +17,18 @@ from torch.nn import Parameter
 from megatron_gkd.checkpoint.weights import WeightSource, load_head, load_weights
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
-from megatron_gkd.config.schema import ModelConfig
+from megatron_gkd.config.schema import ModelConfig, StudentConfig
 from megatron_gkd.data.prompts import PromptLoader, load_prompts
 from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.data.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
-from megatron_gkd.models.families.patterns import undecayed_tensors
-from megatron_gkd.models.gpt import HiddenTap, build_gpt
+from megatron_gkd.models.families.patterns import frozen_tensors, summarise, undecayed_tensors
+from megatron_gkd.models.gpt import HiddenTap, build_gpt, keep_graph_in_recompute
 from megatron_gkd.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_gkd.optim.schedule import LearningRateSchedule
 from megatron_gkd.parallel.groups import ModelGroups, init_student_groups, make_model_groups
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import Kernels
-from megatron_gkd.reshard.layout import WeightLayout, parameters_made_of
+from megatron_gkd.reshard.layout import WeightLayout, hf_tensors, parameters_made_of
 from megatron_gkd.teacher.megatron import MegatronTeacher
 
 log = logging.getLogger(__name__)
@@ -129,12 +129,23 @@ def build_student(config: GkdConfig, world: World) -> Student:
     )
     tap = HiddenTap(model) if groups.is_last_stage else None
     weights = WeightLayout(shapes, groups.layout, model.vocab_size)
+    _freeze(section, model, weights, groups)
     ddp = wrap_ddp(model, groups)
     undecayed = _parameters_of(undecayed_tensors(config.optim, shapes), model, weights, groups)
     optimizer = build_optimizer(ddp, groups, config.optim, dtype, undecayed)
     schedule = LearningRateSchedule(optimizer, config.optim, config.train.train_iters)
     log.info("Student: %s, %s on %s", source.folder, groups.layout, world.device)
     return Student(model, ddp, optimizer, schedule, groups, tap, weights, dtype)
+
+
+def _freeze(config: StudentConfig, model: GPTModel, weights: WeightLayout, groups: ModelGroups) -> None:
+    keep_graph_in_recompute(model)
+    tensors = frozen_tensors(config, weights.shapes)
+    for parameter in _parameters_of(tensors, model, weights, groups):
+        parameter.requires_grad_(False)
+    if tensors:
+        num_tensors = len(hf_tensors(weights.shapes))
+        log.info("Frozen: %d of %d tensors: %s", len(tensors), num_tensors, summarise(tensors))
 
 
 def _parameters_of(

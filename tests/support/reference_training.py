@@ -31,6 +31,7 @@ class Recipe(NamedTuple):
     sgd_momentum: float | None = None
     """AdamW if not given."""
     no_weight_decay: tuple[str, ...] = ("*.bias", "*norm.weight")
+    freeze: tuple[str, ...] = ()
 
     def lr_at(self, iteration: int) -> float:
         """Linear warm-up, then half a cosine from lr to min_lr, reached one iteration after the last."""
@@ -50,15 +51,18 @@ class Outcome(NamedTuple):
 def train_reference(student: Path, teacher: Path, batches: list[Batch], recipe: Recipe) -> Outcome:
     """One update per batch: the loss summed over completion tokens, divided by their number in the whole batch."""
     model, judge = load_hf_model(student), load_hf_model(teacher)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not _matches(name, recipe.freeze))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _make_optimizer(model, recipe)
     losses, norms = [], []
     for iteration, batch in enumerate(batches):
         loss = _batch_loss(model, judge, batch, recipe)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        norm = torch.stack([p.grad.norm() for p in trained]).norm()
         if recipe.clip_grad and norm > recipe.clip_grad:
-            for p in model.parameters():
+            for p in trained:
                 p.grad *= recipe.clip_grad / norm
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(iteration)
@@ -73,7 +77,8 @@ def train_reference(student: Path, teacher: Path, batches: list[Batch], recipe: 
 def _make_optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
     decayed, undecayed = [], []
     for name, parameter in model.named_parameters():
-        (undecayed if _matches(name, recipe.no_weight_decay) else decayed).append(parameter)
+        if parameter.requires_grad:
+            (undecayed if _matches(name, recipe.no_weight_decay) else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},

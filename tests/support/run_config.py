@@ -14,6 +14,7 @@ def write_config(
     folder: Path,
     student: Path,
     teacher: Path,
+    /,
     *,
     split: Split = DP,
     teacher_split: Split = DP,

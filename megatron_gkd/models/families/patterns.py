@@ -6,6 +6,7 @@ Megatron keeps q, k and v in one parameter, and gate and up in one: a Hugging Fa
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,7 +14,7 @@ from fnmatch import fnmatchcase
 from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.optim import OptimConfig
-from megatron_gkd.config.schema import GkdConfig
+from megatron_gkd.config.schema import GkdConfig, StudentConfig
 from megatron_gkd.models.families import family_of
 
 
@@ -51,7 +52,28 @@ def check_patterns(config: GkdConfig) -> None:
         ConfigError: Names the key, the pattern and near names.
     """
     shapes = load_hf_shapes(config.student.hf_folder)
+    frozen_tensors(config.student, shapes)
     undecayed_tensors(config.optim, shapes)
+
+
+def frozen_tensors(config: StudentConfig, shapes: HfShapes) -> frozenset[str]:
+    """Hugging Face names of the tensors that are not trained.
+
+    Raises:
+        ConfigError: A pattern of ``student.freeze`` matches nothing or a part of a parameter, or nothing is left.
+    """
+    frozen = resolve_patterns("student.freeze", config.freeze, shapes)
+    if all(name in frozen for weight in all_weights(shapes) for name in weight.hf):
+        raise ConfigError(
+            f"student.freeze={list(config.freeze)} matches every tensor of the student; leave some to train"
+        )
+    return frozen
+
+
+def summarise(tensors: Collection[str]) -> str:
+    """The tensors by kind, with the number of layers: ``model.layers.*.mlp.up_proj.weight (4)``."""
+    kinds = Counter(_any_layer(name) for name in sorted(tensors))
+    return ", ".join(f"{kind} ({count})" if "*" in kind else kind for kind, count in kinds.items())
 
 
 def undecayed_tensors(config: OptimConfig, shapes: HfShapes) -> frozenset[str]:

@@ -160,7 +160,7 @@ def test_a_warm_up_longer_than_the_epochs_is_refused_once_the_prompts_are_counte
         config.with_iterations(16)
 
 
-@pytest.mark.parametrize("key", ["optim.no_weight_decay"])
+@pytest.mark.parametrize("key", ["student.freeze", "optim.no_weight_decay"])
 def test_the_command_refuses_a_pattern_of_weights_without_a_match_before_anything_starts(
     config_file, capsys, key
 ):

@@ -2,10 +2,12 @@
 
 import pytest
 
-from megatron_gkd.config import ConfigError, OptimConfig, load_hf_shapes
+from megatron_gkd.config import ConfigError, OptimConfig, StudentConfig, load_hf_shapes
 from megatron_gkd.models.families.patterns import (
     all_weights,
+    frozen_tensors,
     resolve_patterns,
+    summarise,
     undecayed_tensors,
 )
 from megatron_gkd.reshard.layout import hf_tensors
@@ -92,3 +94,20 @@ def test_other_patterns_of_weight_decay_must_match(tmp_path):
     }
     with pytest.raises(ConfigError, match=r"optim\.no_weight_decay:\n  '\*\.biases' matches no tensor"):
         undecayed_tensors(OptimConfig(no_weight_decay=("*.biases",)), shapes)
+
+
+def test_a_student_that_is_frozen_altogether_is_refused(tmp_path):
+    shapes = shapes_of(tmp_path)
+    student = StudentConfig(hf=tmp_path, freeze=("model.embed*", "decoder.*"))
+    with pytest.raises(
+        ConfigError, match=r"student\.freeze=.* matches every tensor of the student; leave some"
+    ):
+        frozen_tensors(student, shapes)
+    assert "model.norm.weight" not in frozen_tensors(
+        StudentConfig(hf=tmp_path, freeze=("model.embed*", "decoder.layers.*")), shapes
+    )
+
+
+def test_the_summary_counts_layers(tmp_path):
+    frozen = resolve_patterns("key", ["model.layers.[01].mlp.down*", "model.norm.*"], shapes_of(tmp_path))
+    assert summarise(frozen) == "model.layers.*.mlp.down_proj.weight (2), model.norm.weight"
