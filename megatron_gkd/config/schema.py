@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from megatron_gkd.config import rules
 from megatron_gkd.config.base import Config
 from megatron_gkd.config.errors import ConfigError
+from megatron_gkd.config.lora import LoraConfig
 from megatron_gkd.config.optim import OptimConfig, require_patterns
 from megatron_gkd.config.rollout import RolloutConfig, SglangRolloutConfig
 from megatron_gkd.config.runtime import RuntimeConfig
@@ -87,10 +88,21 @@ class StudentConfig(ModelConfig):
     Hugging Face or Megatron names with the layer's number in the whole model. Patterns that match nothing, or a part of
     what Megatron keeps in one parameter (q, k and v; gate and up), are refused."""
 
+    lora: LoraConfig = LoraConfig()
+
     @field_validator("freeze")
     @classmethod
     def _patterns_are_not_empty(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         return require_patterns(patterns)
+
+    @model_validator(mode="after")
+    def _freeze_or_lora(self) -> Self:
+        if self.freeze and self.lora.rank:
+            raise ValueError(
+                f"freeze={list(self.freeze)} and lora.rank={self.lora.rank} are both given, and adapters leave every "
+                "weight of the student frozen; remove freeze"
+            )
+        return self
 
 
 class TeacherConfig(ModelConfig):

@@ -23,6 +23,7 @@ from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.data.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
 from megatron_gkd.models.families.patterns import frozen_tensors, summarise, undecayed_tensors
 from megatron_gkd.models.gpt import HiddenTap, build_gpt, keep_graph_in_recompute
+from megatron_gkd.models.lora import LoraSpec, attach_adapters, start_training_adapters
 from megatron_gkd.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_gkd.optim.schedule import LearningRateSchedule
 from megatron_gkd.parallel.groups import ModelGroups, init_student_groups, make_model_groups
@@ -129,7 +130,7 @@ def build_student(config: GkdConfig, world: World) -> Student:
     )
     tap = HiddenTap(model) if groups.is_last_stage else None
     weights = WeightLayout(shapes, groups.layout, model.vocab_size)
-    _freeze(section, model, weights, groups)
+    _choose_trained(section, model, weights, groups, config.train.seed)
     ddp = wrap_ddp(model, groups)
     undecayed = _parameters_of(undecayed_tensors(config.optim, shapes), model, weights, groups)
     optimizer = build_optimizer(ddp, groups, config.optim, dtype, undecayed)
@@ -138,8 +139,18 @@ def build_student(config: GkdConfig, world: World) -> Student:
     return Student(model, ddp, optimizer, schedule, groups, tap, weights, dtype)
 
 
-def _freeze(config: StudentConfig, model: GPTModel, weights: WeightLayout, groups: ModelGroups) -> None:
+def _choose_trained(
+    config: StudentConfig, model: GPTModel, weights: WeightLayout, groups: ModelGroups, seed: int
+) -> None:
+    """Leave gradients to adapters alone, or to all weights but the frozen ones."""
+    lora = config.lora
     keep_graph_in_recompute(model)
+    if lora.rank:
+        attach_adapters(model, LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets), groups)
+        start_training_adapters(model, groups, seed=seed)
+        log.info(
+            "Adapters of rank %d beside %s; all other weights are frozen", lora.rank, ", ".join(lora.targets)
+        )
     tensors = frozen_tensors(config, weights.shapes)
     for parameter in _parameters_of(tensors, model, weights, groups):
         parameter.requires_grad_(False)

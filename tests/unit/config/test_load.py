@@ -96,6 +96,12 @@ def test_all_problems_are_reported_at_once_with_key_and_hint(config_file):
         ("optim.no_weight_decay=[' ']", "an empty pattern matches nothing"),
         ("train.epochs=2", "exactly one of train_iters and epochs; both are given, set one to 0"),
         ("train.train_iters=0", "exactly one of train_iters and epochs; neither is given"),
+        (
+            "student={freeze: ['*'], lora: {rank: 8}}",
+            "freeze=.* and lora.rank=8 are both given.*remove freeze",
+        ),
+        ("student.lora.targets=[linear_qkv, q_proj]", "student.lora.targets.*'linear_qkv', 'linear_proj'"),
+        ("student.lora.targets=[]", "at least 1 item"),
         ("optim.adam_eps=.inf", "should be a finite number"),
         ("train.seed=1.5", "should be a valid integer"),
         ("data.prompts=[a]", r"data.prompts: .*path"),
