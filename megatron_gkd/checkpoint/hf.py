@@ -4,26 +4,31 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 
-from megatron_gkd.checkpoint.integrity import sync_folder, write_manifest
+from megatron_gkd.checkpoint.integrity import CheckpointError, sync_folder, write_manifest
 from megatron_gkd.checkpoint.weights import HF_FILES, WEIGHTS, WeightSource, load_weights, stored_dtype
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.models.gpt import build_gpt
+from megatron_gkd.models.lora import attached_spec, merged_parameters
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.platform.kernels import Kernels
 from megatron_gkd.reshard.layout import (
+    Slice,
     WeightLayout,
     all_owned_slices,
     check_coverage,
     hf_tensors,
     owned_slices,
 )
+from megatron_gkd.reshard.lora import adapter_slices, peft_modules, peft_tensors
 from megatron_gkd.reshard.transport import HfFolder, MappedSafetensors
 
 log = logging.getLogger(__name__)
@@ -74,7 +79,7 @@ def convert_megatron_to_hf(
 ) -> None:
     """Write a Hugging Face folder that transformers and SGLang load, from a converted or a training checkpoint.
 
-    For a job of one rank.
+    Adapters are added to the weights. For a job of one rank.
 
     Raises:
         CheckpointError: The checkpoint is damaged.
@@ -95,24 +100,87 @@ def convert_megatron_to_hf(
     log.info("Wrote %s in %.1f s", out, time.perf_counter() - start)
 
 
+def convert_megatron_to_peft(
+    checkpoint: Path, out: Path, groups: ModelGroups, kernels: Kernels, device: torch.device
+) -> None:
+    """Write the adapters of a training checkpoint as a folder that PEFT loads. For a job of one rank.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or has no adapters.
+        FileExistsError: ``out`` exists.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists; remove it or choose another --out")
+    shapes, dtype = load_hf_shapes(checkpoint / HF_FILES), stored_dtype(checkpoint)
+    model = _build(shapes, groups, kernels, dtype, device)
+    source = WeightSource(checkpoint, True)
+    load_weights(model, source, shapes, groups, merges_adapters=False, device=device)
+    spec = attached_spec(model)
+    if spec is None:
+        raise CheckpointError(f"{checkpoint} has no adapters; export its weights without --adapter")
+    unfinished = out.with_name(out.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    export_adapters(model, unfinished / "adapter_model.safetensors", shapes, groups, dtype)
+    modules = peft_modules(WeightLayout(shapes, groups.layout, model.vocab_size), spec.targets)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "target_modules": modules,
+        "bias": "none",
+    }
+    (unfinished / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    unfinished.rename(out)
+    log.info("Wrote %s", out)
+
+
 def export_weights(
     model: GPTModel, file: Path, shapes: HfShapes, groups: ModelGroups, dtype: torch.dtype
 ) -> None:
     """Write a model in any layout as one safetensors file, each rank its own slices. Collective over the groups' ranks.
 
+    Adapters are added to the weights.
+
     Raises:
         ValueError: The ranks' slices do not cover every tensor exactly once.
     """
     weights = WeightLayout(shapes, groups.layout, model.vocab_size)
-    parameters = dict(model.named_parameters())
+    parameters = merged_parameters(model)
     check_coverage(shapes, all_owned_slices(weights))
-    target = MappedSafetensors(hf_tensors(shapes), dtype)
+    mine = owned_slices(weights, tp_rank=groups.tp_rank, pp_rank=groups.pp_rank, parameters=parameters)
+    _write_together(file, MappedSafetensors(hf_tensors(shapes), dtype), parameters, mine, groups)
+
+
+def export_adapters(
+    model: GPTModel, file: Path, shapes: HfShapes, groups: ModelGroups, dtype: torch.dtype
+) -> None:
+    """Write a model's adapters under PEFT's names. Collective over the groups' ranks."""
+    weights, spec = WeightLayout(shapes, groups.layout, model.vocab_size), attached_spec(model)
+    assert spec is not None  # a model without adapters has nothing to write
+    parameters = dict(model.named_parameters())
+    mine = adapter_slices(
+        weights, spec.rank, tp_rank=groups.tp_rank, pp_rank=groups.pp_rank, parameters=parameters
+    )
+    target = MappedSafetensors(peft_tensors(weights, spec.rank, spec.targets), dtype)
+    _write_together(file, target, parameters, mine, groups)
+
+
+def _write_together(
+    file: Path,
+    target: MappedSafetensors,
+    parameters: Mapping[str, Tensor],
+    slices: Sequence[Slice],
+    groups: ModelGroups,
+) -> None:
     if dist.get_rank() == 0:
         target.create(file)
     dist.barrier()
     if groups.dp_rank == 0:
-        mine = owned_slices(weights, tp_rank=groups.tp_rank, pp_rank=groups.pp_rank, parameters=parameters)
-        target.write(file, parameters, mine)
+        target.write(file, parameters, slices)
     dist.barrier()
 
 

@@ -20,12 +20,15 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_gkd.checkpoint.hf import copy_side_files
 from megatron_gkd.checkpoint.integrity import (
+    CheckpointError,
     check_everywhere,
     read_manifest,
     sync_folder,
     write_manifest,
 )
-from megatron_gkd.checkpoint.weights import HF_FILES, WEIGHTS, fill_model
+from megatron_gkd.checkpoint.weights import HF_FILES, LORA, WEIGHTS, fill_model
+from megatron_gkd.models.lora import attached_spec
+from megatron_gkd.optim.optimizer import share_step
 from megatron_gkd.parallel.collectives import broadcast_json
 from megatron_gkd.parallel.groups import ModelGroups
 
@@ -67,7 +70,8 @@ class CheckpointStore:
         dist.barrier()
         dist_checkpointing.save(self._sharded(model, optimizer, with_rng=True), str(unfinished / WEIGHTS))
         dist.barrier()
-        write_manifest(unfinished, self._facts(iteration), device=self._device)
+        facts = {**self._facts(iteration), LORA: _adapters_of(model)}
+        write_manifest(unfinished, facts, device=self._device)
         if dist.get_rank() == 0:
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
@@ -94,7 +98,9 @@ class CheckpointStore:
 
         The random state is restored only into the layout that saved it (it is unused without dropout).
         """
-        same_layout = read_manifest(folder).get("layout") == self._facts(0)["layout"]
+        manifest = read_manifest(folder)
+        _check_same_adapters(folder, manifest, model)
+        same_layout = manifest.get("layout") == self._facts(0)["layout"]
         wanted = self._sharded(model, optimizer, with_rng=same_layout, is_loading=True)
         loaded: Any = dist_checkpointing.load(wanted, str(folder / WEIGHTS))
         fill_model(model, loaded["model"], folder)
@@ -104,8 +110,13 @@ class CheckpointStore:
         return json.loads((folder / STATE).read_text())
 
     def _sharded(self, model, optimizer, *, with_rng: bool, is_loading: bool = False) -> dict[str, Any]:
-        weights = model.sharded_state_dict(metadata={"dp_cp_group": self._groups.pg.dp_cp})
-        state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading)}
+        metadata = {"dp_cp_group": self._groups.pg.dp_cp}
+        weights = model.sharded_state_dict(metadata=metadata)
+        # layer by layer: Megatron would else want one tensor over all layers, and frozen ones have no state
+        by_layer = model.sharded_state_dict(metadata={**metadata, "non_homogeneous_layers": True})
+        optimizer_state = optimizer.sharded_state_dict(by_layer, is_loading=is_loading)
+        share_step(optimizer_state, device=self._device)
+        state = {"model": weights, "optimizer": optimizer_state}
         if with_rng:
             state[_RNG] = _sharded_rng_state(self._groups)
         return state
@@ -118,6 +129,22 @@ class CheckpointStore:
             "dtype": str(self._dtype).removeprefix("torch."),
             "layout": {"tp_size": layout.tp_size, "pp_size": layout.pp_size, "num_ranks": layout.num_ranks},
         }
+
+
+def _adapters_of(model: GPTModel) -> dict[str, Any] | None:
+    spec = attached_spec(model)
+    return spec.to_json() if spec else None
+
+
+def _check_same_adapters(folder: Path, manifest: dict[str, Any], model: GPTModel) -> None:
+    saved, present = manifest.get(LORA), _adapters_of(model)
+    for spec in filter(None, (saved, present)):
+        spec.pop("dropout")  # may change during a run
+    if saved != present:
+        raise CheckpointError(
+            f"{folder} was saved with student.lora {saved or 'off'}, this run has {present or 'off'}; set it back, or "
+            "start a new run from it with student.checkpoint"
+        )
 
 
 def _sharded_rng_state(groups: ModelGroups) -> dict[str, ShardedTensor]:

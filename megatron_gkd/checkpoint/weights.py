@@ -20,12 +20,15 @@ from torch import Tensor
 from megatron_gkd.checkpoint.integrity import CheckpointError, check_everywhere, read_manifest
 from megatron_gkd.config.hf_shapes import HfShapes
 from megatron_gkd.models.gpt import padded_vocab_size
+from megatron_gkd.models.lora import LoraSpec, attach_adapters, merge_adapters
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.reshard.layout import WeightLayout, rank_slices
 from megatron_gkd.reshard.transport import HfFolder, read_slices
 
 WEIGHTS = "weights"
 HF_FILES = "hf"
+LORA = "lora"
+"""Key of the manifest that says which adapters the weights have."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,19 @@ def load_weights(
     *,
     vocab_divisible_by: int = 1,
     is_headless: bool = False,
+    merges_adapters: bool = True,
     device: torch.device,
 ) -> None:
     """Fill every parameter of this rank; collective over all ranks.
+
+    The adapters of a checkpoint are added to the weights, or attached to the model with ``merges_adapters=False``.
 
     Raises:
         CheckpointError: A checkpoint is damaged or not of this model.
         ValueError: A Hugging Face folder lacks a tensor.
     """
     if source.is_checkpoint:
-        _load_checkpoint(model, source.folder, groups, device, is_headless)
+        _load_checkpoint(model, source.folder, groups, device, is_headless, merges_adapters)
         return
     padded = padded_vocab_size(
         shapes.vocab_size, divisible_by=vocab_divisible_by, tp_size=groups.layout.tp_size
@@ -126,11 +132,18 @@ def load_head(
 
 
 def _load_checkpoint(
-    model: GPTModel, folder: Path, groups: ModelGroups, device: torch.device, is_headless: bool
+    model: GPTModel,
+    folder: Path,
+    groups: ModelGroups,
+    device: torch.device,
+    is_headless: bool,
+    merges_adapters: bool,
 ) -> None:
     # dist_checkpointing unpickles its metadata: open nothing whose manifest does not match
     if damage := check_everywhere(folder, device=device):
         raise CheckpointError(f"{folder} cannot be loaded: {damage}")
+    if adapters := read_manifest(folder).get(LORA):
+        attach_adapters(model, LoraSpec.from_json(adapters), groups)
     metadata = {"dp_cp_group": groups.pg.dp_cp}
     if is_headless:
         # GPTModel's own method asks for the weight of an output layer; its base class takes the modules as they are
@@ -140,6 +153,8 @@ def _load_checkpoint(
     state: Any = dist_checkpointing.load(wanted, str(folder / WEIGHTS))
     # beside the weights a run's checkpoint has facts about its optimizer
     fill_model(model, {name: value for name, value in state.items() if name in wanted}, folder)
+    if adapters and merges_adapters:
+        merge_adapters(model)
 
 
 def fill_model(model: GPTModel, weights: dict[str, Any], folder: Path) -> None:

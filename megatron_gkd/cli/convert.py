@@ -37,12 +37,16 @@ def main_megatron_to_hf(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder with manifest.json")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument(
+        "--adapter", action="store_true", help="write only the adapters (student.lora), in PEFT's format"
+    )
     options = parser.parse_args(argv)
 
     def convert(*place: Any) -> None:
-        from megatron_gkd.checkpoint.hf import convert_megatron_to_hf
+        from megatron_gkd.checkpoint.hf import convert_megatron_to_hf, convert_megatron_to_peft
 
-        convert_megatron_to_hf(options.checkpoint, options.out, *place)
+        write = convert_megatron_to_peft if options.adapter else convert_megatron_to_hf
+        write(options.checkpoint, options.out, *place)
 
     return run_tool(lambda: _on_one_rank(convert))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_gkd.cli.outcome import REFUSED
 from megatron_gkd.config import ConfigError, GkdConfig, load_config
+from megatron_gkd.models.families.patterns import check_patterns
 from megatron_gkd.platform.environment import Environment, Place
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         config.check_world(options.world_size or world_size)
+        check_patterns(config)
     except ConfigError as error:
         return _refuse(str(error), None)
     if options.check:

@@ -4,6 +4,7 @@ from megatron_gkd.config.data import DataConfig, EvaluationConfig
 from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.load import load_config
+from megatron_gkd.config.optim import OptimConfig
 from megatron_gkd.config.rollout import MegatronRolloutConfig, RolloutConfig, SglangRolloutConfig
 from megatron_gkd.config.runtime import RuntimeConfig
 from megatron_gkd.config.schema import (
@@ -12,7 +13,6 @@ from megatron_gkd.config.schema import (
     GkdSection,
     LoggingConfig,
     LossConfig,
-    OptimConfig,
     ParallelConfig,
     StudentConfig,
     TeacherConfig,

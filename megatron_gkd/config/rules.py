@@ -13,6 +13,7 @@ from megatron_gkd.config.weight_files import find_checkpoint_problems, find_hf_p
 
 if TYPE_CHECKING:
     from megatron_gkd.config.data import DataConfig, EvaluationConfig
+    from megatron_gkd.config.optim import OptimConfig
     from megatron_gkd.config.schema import GkdConfig, ModelConfig
 
 
@@ -113,10 +114,22 @@ def _batch_problems(config: "GkdConfig") -> Iterator[str]:
             f"train.global_batch_size={batch} is not a multiple of rollout.num_samples={num_samples}; "
             "all samples of a prompt belong to one iteration"
         )
-    if config.optim.warmup_iters > config.train.train_iters:
+    if config.train.train_iters:  # else train.epochs, whose iterations are known once the prompts are counted
+        yield from schedule_problems(config.optim, config.train.train_iters)
+
+
+def schedule_problems(optim: "OptimConfig", train_iters: int) -> Iterator[str]:
+    """Phases of the learning-rate schedule that do not fit into a run of ``train_iters``."""
+    warmup, decay = optim.num_warmup_iters(train_iters), optim.num_wsd_decay_iters(train_iters)
+    if warmup > train_iters:
         yield (
-            f"optim.warmup_iters={config.optim.warmup_iters} is above "
-            f"train.train_iters={config.train.train_iters}; the run would end before the warm-up"
+            f"optim.warmup_iters={optim.warmup_iters} is above train.train_iters={train_iters}; "
+            "the run would end before the warm-up"
+        )
+    elif optim.decay_style == "wsd" and warmup + decay > train_iters:
+        yield (
+            f"optim.decay_style=wsd: {warmup} iterations of warm-up and {decay} of decay (optim.wsd_decay_fraction="
+            f"{optim.wsd_decay_fraction}) are more than the run's {train_iters}; shorten one of them"
         )
 
 

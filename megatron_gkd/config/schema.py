@@ -4,16 +4,19 @@ Nothing changes after loading; what follows from other keys is a property. The s
 of ``configs/on_policy_distill_trainer.yaml`` and the tables of ``docs/configuration.md``.
 """
 
+import math
 from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_gkd.config import rules
 from megatron_gkd.config.base import Config
 from megatron_gkd.config.data import DataConfig, EvaluationConfig
 from megatron_gkd.config.errors import ConfigError
+from megatron_gkd.config.lora import LoraConfig
+from megatron_gkd.config.optim import OptimConfig, require_patterns
 from megatron_gkd.config.rollout import RolloutConfig, SglangRolloutConfig
 from megatron_gkd.config.runtime import RuntimeConfig
 
@@ -81,6 +84,26 @@ class StudentConfig(ModelConfig):
     make_vocab_size_divisible_by: int = Field(default=1, ge=1)
     """The vocabulary is padded to a multiple of this times the tensor-parallel size; the padding takes no
     part in the loss."""
+    freeze: tuple[str, ...] = ()
+    """Glob patterns of weights that are not trained, such as model.embed_tokens.weight or decoder.layers.[0-7].*, on
+    Hugging Face or Megatron names with the layer's number in the whole model. Patterns that match nothing, or a part of
+    what Megatron keeps in one parameter (q, k and v; gate and up), are refused."""
+
+    lora: LoraConfig = LoraConfig()
+
+    @field_validator("freeze")
+    @classmethod
+    def _patterns_are_not_empty(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        return require_patterns(patterns)
+
+    @model_validator(mode="after")
+    def _freeze_or_lora(self) -> Self:
+        if self.freeze and self.lora.rank:
+            raise ValueError(
+                f"freeze={list(self.freeze)} and lora.rank={self.lora.rank} are both given, and adapters leave every "
+                "weight of the student frozen; remove freeze"
+            )
+        return self
 
 
 class TeacherConfig(ModelConfig):
@@ -113,40 +136,13 @@ class LossConfig(Config):
     """Tokens whose logits exist at the same time; smaller saves memory."""
 
 
-class OptimConfig(Config):
-    """AdamW and its learning-rate schedule."""
-
-    lr: float = Field(default=1e-5, gt=0)
-    """Learning rate after warm-up."""
-    min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of the decay; not above lr."""
-    decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls from lr to min_lr until train.train_iters; constant keeps lr."""
-    warmup_iters: int = Field(default=0, ge=0)
-    """Iterations in which the learning rate rises linearly from 0 to lr."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay."""
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the running mean of the gradient."""
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of the running mean of the squared gradient."""
-    adam_eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the squared gradient's mean."""
-    clip_grad: float = Field(default=1.0, ge=0)
-    """Largest global gradient norm; longer gradients are scaled down. 0: no clipping."""
-
-    @model_validator(mode="after")
-    def _min_lr_is_not_above_lr(self) -> Self:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}; lower min_lr")
-        return self
-
-
 class TrainConfig(Config):
     """Length, batch and place of the run."""
 
-    train_iters: int = Field(ge=1)
-    """Optimizer steps of the whole run, including those before a resume."""
+    train_iters: int = Field(default=0, ge=0)
+    """Optimizer steps of the whole run, including those before a resume. Give either this or epochs; 0: epochs."""
+    epochs: float = Field(default=0.0, ge=0)
+    """Passes over the prompts, rounded up to whole iterations; 0: train_iters counts."""
     global_batch_size: int = Field(ge=1)
     """Sequences per iteration over all ranks."""
     micro_batch_size: int = Field(default=1, ge=1)
@@ -159,6 +155,13 @@ class TrainConfig(Config):
     """Updates in a row that may be skipped because a gradient was not finite; one more ends the run."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number format of weights and activations; the optimizer keeps fp32 in either case."""
+
+    @model_validator(mode="after")
+    def _exactly_one_length(self) -> Self:
+        if bool(self.train_iters) == bool(self.epochs):
+            given = "both are given, set one to 0" if self.epochs else "neither is given"
+            raise ValueError(f"give exactly one of train_iters and epochs; {given}")
+        return self
 
 
 class CheckpointConfig(Config):
@@ -206,6 +209,30 @@ class GkdConfig(Config):
     def teacher_seq_length(self) -> int:
         """The same for the teacher, whose prompts may be longer."""
         return self.data.teacher_prompt_length + self.rollout.max_new_tokens
+
+    def with_iterations(self, num_prompts: int | None) -> "GkdConfig":
+        """This tree with ``train.epochs`` turned into ``train.train_iters``; unchanged if it has those already.
+
+        Args:
+            num_prompts: Usable prompts of one pass; ``None`` if nobody knows before the end of the stream.
+
+        Raises:
+            ConfigError: The number of prompts is not known, or the schedule does not fit into the run.
+        """
+        if not self.train.epochs:
+            return self
+        if num_prompts is None:
+            raise ConfigError(
+                f"train.epochs={self.train.epochs} needs the number of prompts, which is not known for streamed or weighted data; "
+                "set train.train_iters instead"
+            )
+        prompts_per_iter = self.train.global_batch_size // self.rollout.num_samples
+        # rounded first: 0.1 * 30 prompts are 3, not 3.0000000000000004
+        train_iters = math.ceil(round(self.train.epochs * num_prompts, 6) / prompts_per_iter)
+        if problems := list(rules.schedule_problems(self.optim, train_iters)):
+            raise ConfigError.listing(f"train.epochs={self.train.epochs} of {num_prompts} prompts", problems)
+        train = self.train.model_copy(update={"train_iters": train_iters, "epochs": 0.0})
+        return self.model_copy(update={"train": train})
 
     def check_files(self) -> None:
         """Checks between sections and against the model folders; ``load_config`` runs them.

@@ -179,6 +179,20 @@ def build_gpt(
     return model.to(device=device, dtype=dtype)  # norms are made in fp32
 
 
+def keep_graph_in_recompute(model: GPTModel) -> None:
+    """Let layers behind a frozen embedding learn with full recomputation too.
+
+    It hands on a tensor without a graph where no input needs a gradient, and the first stage would not be trained.
+    """
+
+    def require_gradient(_module, _args, output: Tensor) -> Tensor:
+        is_recomputed = model.config.recompute_granularity == "full" and torch.is_grad_enabled()
+        return output.requires_grad_() if is_recomputed and not output.requires_grad else output
+
+    if model.pre_process:
+        model.embedding.register_forward_hook(require_gradient)
+
+
 def _mark_split_weights(model: GPTModel) -> None:
     """Mark the weights that tensor parallelism splits, as Megatron does where it draws them.
 

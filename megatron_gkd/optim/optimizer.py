@@ -1,5 +1,6 @@
-"""Megatron's DDP wrapper and Adam, and the question that every rank must answer alike: are the gradients finite?"""
+"""Megatron's DDP wrapper and its optimizers, and the question that every rank must answer alike: are the gradients finite?"""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,9 +10,18 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    ParamPredicate,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from torch import Tensor
 
-from megatron_gkd.config.schema import OptimConfig
+from megatron_gkd.config.optim import OptimConfig
+from megatron_gkd.parallel.collectives import reduce_values
 from megatron_gkd.parallel.groups import ModelGroups
 
 
@@ -25,28 +35,78 @@ def wrap_ddp(model: GPTModel, groups: ModelGroups) -> DistributedDataParallel:
 
 
 def build_optimizer(
-    ddp: DistributedDataParallel, groups: ModelGroups, config: OptimConfig, dtype: torch.dtype
+    ddp: DistributedDataParallel,
+    groups: ModelGroups,
+    config: OptimConfig,
+    dtype: torch.dtype,
+    undecayed: Collection[Tensor] = (),
 ) -> MegatronOptimizer:
-    """AdamW with decoupled weight decay; fp32 main parameters where the model is bf16. Collective over all ranks."""
+    """Megatron's optimizer; fp32 main parameters where the model is bf16. Collective over all ranks.
+
+    Args:
+        ddp: The wrapped model; parameters that need no gradient get no state.
+        groups: Its layout and groups.
+        config: What to build.
+        dtype: Number format of the parameters.
+        undecayed: Parameters without weight decay.
+    """
     optimizer_config = OptimizerConfig(
-        optimizer="adam",
+        optimizer=config.optimizer,
         lr=config.lr,
         min_lr=config.min_lr,
         weight_decay=config.weight_decay,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
         adam_eps=config.adam_eps,
+        sgd_momentum=config.sgd_momentum,
         clip_grad=config.clip_grad,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
     )
     optimizer = get_megatron_optimizer(
-        optimizer_config, [ddp], use_gloo_process_groups=False, pg_collection=groups.pg
+        optimizer_config,
+        [ddp],
+        config_overrides=_without_decay(undecayed),
+        use_gloo_process_groups=False,
+        pg_collection=groups.pg,
     )
     config_of_model: Any = ddp.module.config
     config_of_model.grad_scale_func = optimizer.scale_loss
     optimizer.reload_model_params()
+    if config.optimizer == "sgd":
+        _prepare_sgd_state(optimizer, config.sgd_momentum)
     return optimizer
+
+
+def _without_decay(parameters: Collection[Tensor]) -> dict[ParamKey, ParamGroupOverride]:
+    ids = {id(parameter) for parameter in parameters}
+    key = ParamKey(predicate=ParamPredicate("no_weight_decay", lambda parameter: id(parameter) in ids))
+    override: Any = {"wd_mult": 0.0}
+    return {key: override}
+
+
+def _prepare_sgd_state(optimizer: MegatronOptimizer, momentum: float) -> None:
+    """Make SGD's state before a checkpoint is loaded into it, which Megatron does for Adam alone."""
+    inner: Any = optimizer
+    for part in inner.chained_optimizers:
+        part.init_state_fn = lambda *_: None
+        if part.optimizer is None or not momentum:
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                # from zero, the first step is the gradient, as torch makes it
+                part.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def share_step(state: dict[str, Any], *, device: torch.device) -> None:
+    """Put the number of updates, which Adam needs, into the sharded state of every rank. Collective over all ranks.
+
+    A checkpoint keeps what rank 0 says, and rank 0 has none where its whole pipeline stage is frozen.
+    """
+    own = state.get("optimizer", state).get("state", {})  # one level deeper with bf16
+    step = reduce_values([float(own.get("common_step", 0))], ["max"], device=device)[0]
+    if step and "common_step" not in own:
+        own["common_step"] = torch.tensor(step)
 
 
 def zero_gradients(ddp: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:

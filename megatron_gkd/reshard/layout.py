@@ -5,7 +5,7 @@ One description serves both directions: reading a checkpoint into a rank (import
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_gkd.config.hf_shapes import HfShapes
@@ -107,6 +107,21 @@ def rank_slices(
             hf = tuple(x.format(i=i + pp_rank * num_layers) for x in weight.hf)
             slices += _cut(name, hf, weight.kind, weights, tp_rank)
     return slices
+
+
+def parameters_made_of(
+    tensors: Collection[str],
+    weights: WeightLayout,
+    *,
+    tp_rank: int,
+    pp_rank: int,
+    parameters: Iterable[str] | None = None,
+) -> set[str]:
+    """Names of a rank's parameters that hold nothing but parts of the Hugging Face tensors in ``tensors``."""
+    contents: dict[str, set[str]] = {}
+    for piece in rank_slices(weights, tp_rank=tp_rank, pp_rank=pp_rank, parameters=parameters):
+        contents.setdefault(piece.parameter, set()).add(piece.tensor)
+    return {name for name, parts in contents.items() if parts <= set(tensors)}
 
 
 def owned_slices(

@@ -7,6 +7,7 @@ that of https://github.com/huggingface/safetensors: eight bytes of header length
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -122,16 +123,19 @@ class MappedSafetensors:
         )
         num_bytes = 0
         with torch.no_grad():
-            for piece in slices:
-                shape = self._shapes[piece.tensor]
-                start = self._start + self._offsets[piece.tensor]
-                stop = start + torch.Size(shape).numel() * self._dtype.itemsize
-                target = mapped[start:stop].view(self._dtype).view(shape)
-                target[_index_of(piece.full)] = (
-                    parameters[piece.parameter].data[_index_of(piece.local)].to(self._dtype)
-                )
-                num_bytes += piece.num_elements * self._dtype.itemsize
+            for name, pieces in groupby(slices, key=lambda piece: piece.parameter):
+                source = parameters[name].data  # asked for once: it may be made at this moment
+                for piece in pieces:
+                    target = self._tensor(mapped, piece.tensor)
+                    target[_index_of(piece.full)] = source[_index_of(piece.local)].to(self._dtype)
+                    num_bytes += piece.num_elements * self._dtype.itemsize
         return num_bytes
+
+    def _tensor(self, mapped: Tensor, name: str) -> Tensor:
+        shape = self._shapes[name]
+        start = self._start + self._offsets[name]
+        stop = start + torch.Size(shape).numel() * self._dtype.itemsize
+        return mapped[start:stop].view(self._dtype).view(shape)
 
 
 def _index_of(spans: Sequence[tuple[int, int]]) -> tuple[slice, ...]:

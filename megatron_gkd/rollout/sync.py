@@ -10,7 +10,7 @@ Shapes: T = rows of the probe, H = hidden size.
 import logging
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,7 @@ class SharedWeightFile:
     Args:
         folder: On a file system that the ranks and the server share; best tmpfs.
         weights: The student's weights and layout.
-        parameters: This rank's parameters by name.
+        parameters: This rank's weights by name, as they are to be pushed.
         groups: The student's layout and groups.
         dtype: Number format in the file.
         device: The device of this rank.
@@ -77,7 +77,7 @@ class SharedWeightFile:
         self,
         folder: Path,
         weights: WeightLayout,
-        parameters: dict[str, Tensor],
+        parameters: Mapping[str, Tensor],
         groups: ModelGroups,
         dtype: torch.dtype,
         device: torch.device,

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,19 +12,22 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_gkd.checkpoint.weights import WeightSource, load_head, load_weights
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
-from megatron_gkd.config.schema import ModelConfig
+from megatron_gkd.config.schema import ModelConfig, StudentConfig
 from megatron_gkd.data.sample import Batch, MicroBatch
-from megatron_gkd.models.gpt import HiddenTap, build_gpt
+from megatron_gkd.models.families.patterns import frozen_tensors, summarise, undecayed_tensors
+from megatron_gkd.models.gpt import HiddenTap, build_gpt, keep_graph_in_recompute
+from megatron_gkd.models.lora import LoraSpec, attach_adapters, start_training_adapters
 from megatron_gkd.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_gkd.optim.schedule import LearningRateSchedule
 from megatron_gkd.parallel.groups import ModelGroups, init_student_groups, make_model_groups
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import Kernels
-from megatron_gkd.reshard.layout import WeightLayout
+from megatron_gkd.reshard.layout import WeightLayout, hf_tensors, parameters_made_of
 from megatron_gkd.teacher.megatron import MegatronTeacher
 
 log = logging.getLogger(__name__)
@@ -123,12 +127,45 @@ def build_student(config: GkdConfig, world: World) -> Student:
         device=world.device,
     )
     tap = HiddenTap(model) if groups.is_last_stage else None
-    ddp = wrap_ddp(model, groups)
-    optimizer = build_optimizer(ddp, groups, config.optim, dtype)
-    schedule = LearningRateSchedule(optimizer, config.optim, config.train.train_iters)
     weights = WeightLayout(shapes, groups.layout, model.vocab_size)
+    _choose_trained(section, model, weights, groups, config.train.seed)
+    ddp = wrap_ddp(model, groups)
+    undecayed = _parameters_of(undecayed_tensors(config.optim, shapes), model, weights, groups)
+    optimizer = build_optimizer(ddp, groups, config.optim, dtype, undecayed)
+    schedule = LearningRateSchedule(optimizer, config.optim, config.train.train_iters)
     log.info("Student: %s, %s on %s", source.folder, groups.layout, world.device)
     return Student(model, ddp, optimizer, schedule, groups, tap, weights, dtype)
+
+
+def _choose_trained(
+    config: StudentConfig, model: GPTModel, weights: WeightLayout, groups: ModelGroups, seed: int
+) -> None:
+    """Leave gradients to adapters alone, or to all weights but the frozen ones."""
+    lora = config.lora
+    keep_graph_in_recompute(model)
+    if lora.rank:
+        attach_adapters(model, LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets), groups)
+        start_training_adapters(model, groups, seed=seed)
+        log.info(
+            "Adapters of rank %d beside %s; all other weights are frozen", lora.rank, ", ".join(lora.targets)
+        )
+    tensors = frozen_tensors(config, weights.shapes)
+    for parameter in _parameters_of(tensors, model, weights, groups):
+        parameter.requires_grad_(False)
+    if tensors:
+        num_tensors = len(hf_tensors(weights.shapes))
+        log.info("Frozen: %d of %d tensors: %s", len(tensors), num_tensors, summarise(tensors))
+
+
+def _parameters_of(
+    tensors: Collection[str], model: GPTModel, weights: WeightLayout, groups: ModelGroups
+) -> list[Parameter]:
+    """This rank's parameters that hold these Hugging Face tensors."""
+    parameters = dict(model.named_parameters())
+    names = parameters_made_of(
+        tensors, weights, tp_rank=groups.tp_rank, pp_rank=groups.pp_rank, parameters=parameters
+    )
+    return [parameters[name] for name in names]
 
 
 def build_teacher(

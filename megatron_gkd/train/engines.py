@@ -9,6 +9,7 @@ from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import HfShapes
 from megatron_gkd.config.rollout import SglangRolloutConfig
 from megatron_gkd.data.tokenizer import Tokenizer
+from megatron_gkd.models.lora import merged_parameters
 from megatron_gkd.parallel.collectives import broadcast_json
 from megatron_gkd.platform.environment import Environment, Place
 from megatron_gkd.rollout.engine import RolloutEngine, Sampling
@@ -162,7 +163,7 @@ class EngineHost:
         file = SharedWeightFile(
             folder,
             student.weights,
-            dict(student.model.named_parameters()),
+            merged_parameters(student.model),
             student.groups,
             student.dtype,
             self._world.device,

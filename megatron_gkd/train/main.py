@@ -51,6 +51,7 @@ class Run:
         tokenizer = build_tokenizer(self._config)
         loader = build_prompts(self._config, tokenizer)
         validation = build_validation_prompts(self._config, tokenizer)
+        self._config = self._with_iterations(loader)
         require_engine(self._config, is_leader=self._rank == 0)
         self._build(tokenizer, loader, validation)
 
@@ -72,6 +73,17 @@ class Run:
             self._trainer.records.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _with_iterations(self, loader: PromptStream) -> GkdConfig:
+        config = self._config.with_iterations(loader.prompts_per_pass)
+        if config is not self._config:
+            log.info(
+                "train.epochs=%g of %d prompts are %d iterations",
+                self._config.train.epochs,
+                loader.prompts_per_pass,
+                config.train.train_iters,
+            )
+        return config
 
     def _build(self, tokenizer: Tokenizer, loader: PromptStream, validation: tuple[Prompt, ...]) -> None:
         kernels = detect_kernels(on_cpu=self._platform.is_cpu)

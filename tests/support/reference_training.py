@@ -1,8 +1,9 @@
-"""Distillation in one process with transformers, a dense loss and torch's AdamW, all in float64; for the parent process.
+"""Distillation in one process with transformers, a dense loss and torch's optimizers, all in float64; for the parent process.
 
 Shapes: T = tokens, V = vocabulary entries.
 """
 
+import fnmatch
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,10 @@ class Recipe(NamedTuple):
     train_iters: int
     weight_decay: float
     clip_grad: float
+    sgd_momentum: float | None = None
+    """AdamW if not given."""
+    no_weight_decay: tuple[str, ...] = ("*.bias", "*norm.weight")
+    freeze: tuple[str, ...] = ()
 
     def lr_at(self, iteration: int) -> float:
         """Linear warm-up, then half a cosine from lr to min_lr, reached one iteration after the last."""
@@ -46,21 +51,18 @@ class Outcome(NamedTuple):
 def train_reference(student: Path, teacher: Path, batches: list[Batch], recipe: Recipe) -> Outcome:
     """One update per batch: the loss summed over completion tokens, divided by their number in the whole batch."""
     model, judge = load_hf_model(student), load_hf_model(teacher)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]  # norms and biases are not decayed
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), eps=1e-8)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not _matches(name, recipe.freeze))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = _make_optimizer(model, recipe)
     losses, norms = [], []
     for iteration, batch in enumerate(batches):
         loss = _batch_loss(model, judge, batch, recipe)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        norm = torch.stack([p.grad.norm() for p in trained]).norm()
         if recipe.clip_grad and norm > recipe.clip_grad:
-            for p in model.parameters():
+            for p in trained:
                 p.grad *= recipe.clip_grad / norm
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(iteration)
@@ -70,6 +72,24 @@ def train_reference(student: Path, teacher: Path, batches: list[Batch], recipe: 
     tied = model.config.tie_word_embeddings
     weights = {k: v.detach() for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
     return Outcome(losses, norms, weights)
+
+
+def _make_optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
+    decayed, undecayed = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (undecayed if _matches(name, recipe.no_weight_decay) else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    if recipe.sgd_momentum is None:
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), eps=1e-8)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.sgd_momentum)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _batch_loss(model: Any, judge: Any, batch: Batch, recipe: Recipe) -> Tensor:

@@ -14,6 +14,7 @@ def write_config(
     folder: Path,
     student: Path,
     teacher: Path,
+    /,
     *,
     split: Split = DP,
     teacher_split: Split = DP,
@@ -106,6 +107,44 @@ def update(
     own = result.on_policy_loss_sum + result.off_policy_loss_sum
     total = reduce_values([own], ["sum"], device=torch.device("cpu"))[0]
     return result, total / batch.num_loss_tokens
+
+
+def make_store(config: Any, student: Any) -> Any:
+    """The checkpoints of a run."""
+    import torch
+
+    from megatron_gkd.checkpoint.store import CheckpointStore
+
+    return CheckpointStore(
+        config.train.output_dir / "checkpoints",
+        hf_files=config.student.hf_folder,
+        groups=student.groups,
+        dtype=student.dtype,
+        device=torch.device("cpu"),
+    )
+
+
+def assert_resumes(config: Any, world: Any, batches: list[Batch]) -> None:
+    """Half of ``batches``, a checkpoint, the rest: in a process that loads the checkpoint, the rest is the same."""
+    import torch
+
+    half = len(batches) // 2
+    parts = build_parts(config, world)
+    for i in range(half):
+        update(*parts, batches[i], i, config)
+    make_store(config, parts[0]).save(half, parts[0].model, parts[0].optimizer, {})
+    unbroken = [update(*parts, batches[i], i, config) for i in range(half, len(batches))]
+    expected = copy_of(parts[0].model)
+    leave()
+
+    parts = build_parts(config, world)
+    store = make_store(config, parts[0])
+    store.load(store.find_newest_valid(), parts[0].model, parts[0].optimizer)
+    resumed = [update(*parts, batches[i], i, config) for i in range(half, len(batches))]
+    assert resumed == unbroken
+    for name, parameter in parts[0].model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    leave()
 
 
 def _parallel(split: Split) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""No key without effect: each one is read as an attribute somewhere outside the configuration package, or by a property of it.
+"""No key without effect: each one is read as an attribute somewhere outside the configuration package, or by a property or
+public method of a section.
 
 Names are compared, not values: a key whose name another section uses too counts as read when either is. A key with a single
 choice says what happens; there is nothing to read.
@@ -44,11 +45,10 @@ def names_read() -> set[str]:
         if file.parent != PACKAGE / "config":
             names |= attributes_read(tree)
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and any(
-                isinstance(mark, ast.Name) and mark.id == "property" for mark in node.decorator_list
-            ):
-                names |= attributes_read(node)
+        for section in filter(lambda node: isinstance(node, ast.ClassDef), ast.walk(tree)):
+            for node in section.body:
+                if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):  # those check values
+                    names |= attributes_read(node)
     return names
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gkd.cli import pretrain
 from megatron_gkd.config import ConfigError, load_config
 from tests.unit.config.conftest import write_hf_config
 
@@ -14,6 +15,10 @@ from tests.unit.config.conftest import write_hf_config
     [
         (["rollout.num_samples=3"], "train.global_batch_size=8 is not a multiple of rollout.num_samples=3"),
         (["optim.warmup_iters=3"], "optim.warmup_iters=3 is above train.train_iters=2"),
+        (
+            ["optim={decay_style: wsd, warmup_iters: 1, wsd_decay_fraction: 1}"],
+            r"1 .*warm-up and 2 of decay .*run's 2",
+        ),
         (["data.prompts=nowhere.jsonl"], "data.prompts='nowhere.jsonl': no such file"),
         (["student.hf=nowhere"], "student.hf='nowhere': no such folder"),
         (["student.hf=null", "student.checkpoint=nowhere"], "student.checkpoint='nowhere': no such folder"),
@@ -119,3 +124,53 @@ def test_all_problems_with_the_number_of_ranks_are_named(config_file, overrides,
         config.check_world(world_size)
     for message in messages:
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_prompts", "num_samples", "train_iters"),
+    [
+        (1, 16, 1, 2),
+        (1, 17, 1, 3),
+        (2, 17, 1, 5),
+        (0.5, 16, 1, 1),
+        (3, 4, 2, 3),
+        (0.1, 30, 8, 3),
+        (2.5, 1, 1, 1),
+    ],
+)
+def test_epochs_become_iterations_that_use_every_prompt(
+    config_file, epochs, num_prompts, num_samples, train_iters
+):
+    overrides = [f"train={{train_iters: 0, epochs: {epochs}}}", f"rollout.num_samples={num_samples}"]
+    resolved = load_config(config_file, overrides).with_iterations(num_prompts)
+    assert (resolved.train.train_iters, resolved.train.epochs) == (train_iters, 0)
+    config_file.write_text(resolved.to_yaml())
+    assert load_config(config_file) == resolved
+
+
+def test_iterations_that_are_given_stay(config_file):
+    config = load_config(config_file)
+    assert config.with_iterations(None) is config
+
+
+def test_epochs_of_a_stream_are_refused(config_file):
+    config = load_config(config_file, ["train={train_iters: 0, epochs: 2}"])
+    with pytest.raises(
+        ConfigError, match=r"train\.epochs=2\.0 needs the number .* set train\.train_iters instead"
+    ):
+        config.with_iterations(None)
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused_once_the_prompts_are_counted(config_file):
+    config = load_config(config_file, ["train={train_iters: 0, epochs: 2}", "optim.warmup_iters=5"])
+    assert config.with_iterations(20).train.train_iters == 5
+    with pytest.raises(ConfigError, match=r"of 16 prompts:\n.*optim\.warmup_iters=5 is above .*=4"):
+        config.with_iterations(16)
+
+
+@pytest.mark.parametrize("key", ["student.freeze", "optim.no_weight_decay"])
+def test_the_command_refuses_a_pattern_of_weights_without_a_match_before_anything_starts(
+    config_file, capsys, key
+):
+    assert pretrain.main(["--config", str(config_file), "--check", f"{key}=[model.embed_token.weight]"]) == 2
+    assert f"{key}:\n  'model.embed_token.weight' matches no tensor" in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""The optim section: optimizer, weight decay and learning-rate schedule."""
+
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from megatron_gkd.config.base import Config
+
+
+class OptimConfig(Config):
+    """Optimizer and its learning-rate schedule."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam: AdamW, with decoupled weight decay; sgd: with momentum (not Nesterov's), weight decay as part of the
+    gradient."""
+    lr: float = Field(default=1e-5, gt=0)
+    """Learning rate after warm-up."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the decay; not above lr."""
+    decay_style: Literal["constant", "linear", "cosine", "inverse_square_root", "wsd"] = "constant"
+    """How the learning rate falls from lr after warm-up. linear and cosine reach min_lr at the end of the run;
+    inverse_square_root follows lr * sqrt(warm-up / iteration), never below min_lr; wsd (warm-up, stable, decay) keeps
+    lr and falls at the end; constant keeps lr."""
+    warmup_iters: int = Field(default=0, ge=0)
+    """Iterations in which the learning rate rises linearly from 0 to lr."""
+    warmup_fraction: float = Field(default=0.0, ge=0, le=1)
+    """The same as a share of the run's iterations, rounded to whole ones; give this or warmup_iters."""
+    wsd_decay_fraction: float = Field(default=0.1, gt=0, le=1)
+    """Share of the run's iterations, at its end, in which decay_style=wsd falls from lr to min_lr; at least one
+    iteration."""
+    wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """Shape of that fall over its progress x from 0 to 1: 1 - x, half a cosine, 2 * 0.5^x - 1, or 1 - sqrt(x)."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Weight decay of all weights but those of no_weight_decay."""
+    no_weight_decay: tuple[str, ...] = ("*.bias", "*norm.weight")
+    """Glob patterns of weights without decay, on Hugging Face or Megatron names as in student.freeze; by default
+    biases and norms."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the running mean of the gradient."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the running mean of the squared gradient."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the squared gradient's mean."""
+    sgd_momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the last step that optimizer=sgd keeps; 0: none."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; longer gradients are scaled down. 0: no clipping."""
+
+    def num_warmup_iters(self, train_iters: int) -> int:
+        """Iterations of the warm-up in a run of ``train_iters``."""
+        return self.warmup_iters or round(self.warmup_fraction * train_iters)
+
+    def num_wsd_decay_iters(self, train_iters: int) -> int:
+        """Iterations of the last phase of wsd in a run of ``train_iters``."""
+        return max(1, round(self.wsd_decay_fraction * train_iters))
+
+    @field_validator("no_weight_decay")
+    @classmethod
+    def _patterns_are_not_empty(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        return require_patterns(patterns)
+
+    @model_validator(mode="after")
+    def _min_lr_is_not_above_lr(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}; lower min_lr")
+        return self
+
+    @model_validator(mode="after")
+    def _one_length_of_warmup(self) -> Self:
+        if self.warmup_iters and self.warmup_fraction:
+            raise ValueError(
+                f"warmup_iters={self.warmup_iters} and warmup_fraction={self.warmup_fraction} are both given; "
+                "set one of them to 0"
+            )
+        return self
+
+
+def require_patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """``patterns``, if each of them can match a name.
+
+    Raises:
+        ValueError: One is empty.
+    """
+    if any(not pattern.strip() for pattern in patterns):
+        raise ValueError("an empty pattern matches nothing; remove it")
+    return patterns

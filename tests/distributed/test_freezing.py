@@ -1,0 +1,164 @@
+"""Frozen weights have no gradient and no optimizer state, stay as they are, and go along in exports and pushes.
+
+Which weights a pattern means: tests/unit/models/test_patterns.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.on_ranks import PP2, TP2, TP2_PP2, TP2_SP, Split, allow_saving
+from tests.support.run_config import (
+    assert_resumes,
+    build_parts,
+    leave,
+    make_batch,
+    make_world,
+    update,
+    write_config,
+)
+from tests.support.tiny_models import write_tiny_model
+
+SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
+LENGTHS = ((4, 5), (2, 9), (6, 0), (3, 0), (5, 1), (9, 12), (1, 3), (7, 4))
+OPTIM = {"lr": 2e-3, "min_lr": 1e-4, "decay_style": "cosine", "warmup_iters": 2, "weight_decay": 0.1}
+FREEZE = [
+    "model.embed_tokens.weight",
+    "decoder.layers.0.self_attention.*",
+    "*.1.mlp.down_proj.*",
+    "*norm.weight",
+]
+FROZEN_IN_HF = (
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.*",
+    "*.1.mlp.down_proj.*",
+    "*norm.weight",
+)
+FIRST_STAGE = ["embedding.*", "model.layers.0.*"]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def models(request, tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("freezing")
+    student = write_tiny_model(folder / "student", seed=1, tied=request.param, **SMALL)
+    return student, write_tiny_model(folder / "teacher", seed=2, tied=True, **SMALL)
+
+
+def batches():
+    return [make_batch(seed, LENGTHS) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def expected(models) -> dict[str, torch.Tensor]:
+    from tests.support.reference_training import Recipe, train_reference
+
+    recipe = Recipe(
+        "forward_kl",
+        0.5,
+        1.0,
+        *(OPTIM[k] for k in ("lr", "min_lr", "warmup_iters")),
+        train_iters=5,
+        weight_decay=0.1,
+        clip_grad=1.0,
+        freeze=FROZEN_IN_HF,
+    )
+    return train_reference(*models, batches(), recipe).weights
+
+
+@pytest.mark.parametrize(("num_ranks", "split"), [(2, TP2_SP), (2, PP2), (4, TP2_PP2)], ids=str)
+def test_the_others_train_as_in_a_plain_loop(
+    run_on_ranks, models, expected, tmp_path, num_ranks, split: Split
+):
+    student = {"freeze": FREEZE}
+    config = write_config(tmp_path, *models, split=split, teacher_split=split, optim=OPTIM, student=student)
+    run_on_ranks(num_ranks, _train, config)
+    before = load_file(models[0] / "model.safetensors")
+    exported, pushed = (load_file(tmp_path / f"{name}.safetensors") for name in ("exported", "pushed"))
+    num_frozen = 0
+    for name, weight in expected.items():
+        assert torch.equal(exported[name], pushed[name]), name
+        moved = (weight - before[name].double()).norm()
+        num_frozen += int(moved == 0)
+        # Adam follows the sign of gradients that are close to zero; measured: 1.1e-4
+        assert (exported[name].double() - weight).norm() <= 5e-4 * moved, name
+    assert num_frozen == 1 + 4 + 1 + 2 * 2 + 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("num_ranks", "split"), [(2, TP2), (2, PP2)], ids=str)
+def test_a_run_with_a_frozen_first_stage_resumes_bit_for_bit(
+    run_on_ranks, models, tmp_path, num_ranks, split: Split, precision: str
+):
+    config = write_config(
+        tmp_path,
+        *models,
+        split=split,
+        teacher_split=split,
+        optim=OPTIM,
+        student={"freeze": FIRST_STAGE},
+        train={"precision": precision},
+    )
+    run_on_ranks(num_ranks, _resume, config)
+
+
+@pytest.mark.parametrize(("num_ranks", "split"), [(2, TP2_SP), (2, PP2)], ids=str)
+def test_full_recomputation_changes_nothing_behind_a_frozen_embedding(
+    run_on_ranks, models, tmp_path, num_ranks, split: Split
+):
+    student = {"freeze": ["embedding.*"]}
+    config = write_config(tmp_path, *models, split=split, teacher_split=split, optim=OPTIM, student=student)
+    run_on_ranks(num_ranks, _recompute, config)
+
+
+def _recompute(rank: int, world_size: int, config_file: Path) -> None:
+    from megatron_gkd.config import load_config
+
+    outcomes = []
+    for granularity in (None, "full"):
+        parts = build_parts(load_config(config_file), make_world(rank, world_size))
+        settings = parts[0].model.config
+        settings.recompute_granularity, settings.recompute_method = granularity, "uniform"
+        settings.recompute_num_layers = 1
+        outcomes.append(
+            [update(*parts, batch, i, load_config(config_file)) for i, batch in enumerate(batches())]
+        )
+        leave()
+    assert outcomes[0] == outcomes[1]
+
+
+def _train(rank: int, world_size: int, config_file: Path) -> None:
+    from megatron_gkd.checkpoint.hf import export_weights
+    from megatron_gkd.config import load_config
+    from megatron_gkd.rollout.sync import SharedWeightFile
+
+    config, folder = load_config(config_file), config_file.parent
+    student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+    for iteration, batch in enumerate(batches()):
+        update(student, teacher, head_VH, batch, iteration, config)
+    parameters = dict(student.model.named_parameters())
+    trained = [p for p in parameters.values() if p.requires_grad]
+    assert 0 < len(trained) < len(parameters)
+    assert all(
+        p.grad is None and not hasattr(p, "main_grad") for p in parameters.values() if not p.requires_grad
+    )
+    assert sum(buffer.numel_unpadded for buffer in student.ddp.buffers) == sum(p.numel() for p in trained)
+    assert len(student.optimizer.get_parameters()) == len(trained)
+    export_weights(
+        student.model, folder / "exported.safetensors", student.shapes, student.groups, student.dtype
+    )
+    file = SharedWeightFile(
+        folder / "push", student.weights, parameters, student.groups, student.dtype, torch.device("cpu")
+    )
+    pushed, _ = file.write(1)
+    if rank == 0:
+        (pushed / "model.safetensors").rename(folder / "pushed.safetensors")
+    leave()
+
+
+def _resume(rank: int, world_size: int, config_file: Path) -> None:
+    from megatron_gkd.config import load_config
+
+    allow_saving()
+    assert_resumes(load_config(config_file), make_world(rank, world_size), batches())

@@ -1,0 +1,101 @@
+"""SGD and chosen weight decay update like torch's optimizers in a plain loop, and resume bit for bit.
+
+AdamW with the default groups: test_student_step; the values of the schedules: tests/unit/optim.
+"""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.support.on_ranks import PP2, TP2, TP2_PP2, Split, allow_saving
+from tests.support.run_config import (
+    assert_resumes,
+    build_parts,
+    leave,
+    make_batch,
+    make_world,
+    update,
+    write_config,
+)
+from tests.support.tiny_models import write_tiny_model
+
+SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
+LENGTHS = ((4, 5), (2, 9), (6, 0), (3, 0), (5, 1), (9, 12), (1, 3), (7, 4))
+OPTIM = {
+    "optimizer": "sgd",
+    "lr": 0.05,
+    "min_lr": 1e-3,
+    "decay_style": "cosine",
+    "warmup_iters": 2,
+    "weight_decay": 0.1,
+    "no_weight_decay": ["model.layers.1.*", "embedding.word_embeddings.weight"],
+    "clip_grad": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("optimizers")
+    student = write_tiny_model(folder / "student", seed=1, tied=True, **SMALL)
+    return student, write_tiny_model(folder / "teacher", seed=2, tied=False, **SMALL)
+
+
+def batches():
+    return [make_batch(seed, LENGTHS) for seed in range(4)]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_that_of_a_plain_training_loop(run_on_ranks, models, tmp_path, momentum: float):
+    from tests.support.reference_training import Recipe, train_reference
+
+    recipe = Recipe(
+        "forward_kl",
+        0.5,
+        1.0,
+        *(OPTIM[k] for k in ("lr", "min_lr", "warmup_iters")),
+        train_iters=5,
+        weight_decay=0.1,
+        clip_grad=0.0,
+        sgd_momentum=momentum,
+        no_weight_decay=("model.layers.1.*", "model.embed_tokens.weight"),
+    )
+    expected = train_reference(*models, batches(), recipe)
+    optim = {**OPTIM, "sgd_momentum": momentum}
+    config = write_config(tmp_path, *models, split=TP2_PP2, teacher_split=PP2, optim=optim)
+    run_on_ranks(4, _train, config)
+    before = load_file(models[0] / "model.safetensors")
+    got = load_file(tmp_path / "trained.safetensors")
+    for name, weight in expected.weights.items():
+        moved = (weight - before[name].double()).norm()
+        assert moved > 0, name
+        assert (got[name].double() - weight).norm() <= 1e-4 * moved, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("num_ranks", "split"), [(2, TP2), (2, PP2)], ids=str)
+def test_sgd_resumes_bit_for_bit(run_on_ranks, models, tmp_path, num_ranks, split: Split, precision: str):
+    config = write_config(
+        tmp_path, *models, split=split, teacher_split=split, optim=OPTIM, train={"precision": precision}
+    )
+    run_on_ranks(num_ranks, _resume, config)
+
+
+def _train(rank: int, world_size: int, config_file: Path) -> None:
+    from megatron_gkd.checkpoint.hf import export_weights
+    from megatron_gkd.config import load_config
+
+    config = load_config(config_file)
+    student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+    for iteration, batch in enumerate(batches()):
+        update(student, teacher, head_VH, batch, iteration, config)
+    file = config_file.parent / "trained.safetensors"
+    export_weights(student.model, file, student.shapes, student.groups, student.dtype)
+    leave()
+
+
+def _resume(rank: int, world_size: int, config_file: Path) -> None:
+    from megatron_gkd.config import load_config
+
+    allow_saving()
+    assert_resumes(load_config(config_file), make_world(rank, world_size), batches())
