@@ -3,6 +3,7 @@
 from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.load import load_config
+from megatron_gkd.config.loss import LossConfig
 from megatron_gkd.config.rollout import MegatronRolloutConfig, RolloutConfig, SglangRolloutConfig
 from megatron_gkd.config.schema import (
     CheckpointConfig,
@@ -10,7 +11,8 @@ from megatron_gkd.config.schema import (
     GkdConfig,
     GkdSection,
     LoggingConfig,
-    LossConfig,
+    MegatronTeacherConfig,
+    NoTeacherConfig,
     OptimConfig,
     ParallelConfig,
     StudentConfig,
@@ -28,6 +30,8 @@ __all__ = [
     "LoggingConfig",
     "LossConfig",
     "MegatronRolloutConfig",
+    "MegatronTeacherConfig",
+    "NoTeacherConfig",
     "OptimConfig",
     "ParallelConfig",
     "RolloutConfig",

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_gkd.checkpoint.weights import WeightSource, load_head, load_weights
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
-from megatron_gkd.config.schema import ModelConfig
+from megatron_gkd.config.schema import MegatronTeacherConfig, ModelConfig, NoTeacherConfig
 from megatron_gkd.data.prompts import PromptLoader, load_prompts
 from megatron_gkd.data.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
 from megatron_gkd.models.gpt import HiddenTap, build_gpt
@@ -24,6 +24,7 @@ from megatron_gkd.parallel.groups import ModelGroups, init_student_groups, make_
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import Kernels
 from megatron_gkd.reshard.layout import WeightLayout
+from megatron_gkd.teacher.engine import NoTeacher, TeacherEngine
 from megatron_gkd.teacher.megatron import MegatronTeacher
 
 log = logging.getLogger(__name__)
@@ -133,9 +134,28 @@ def build_student(config: GkdConfig, world: World) -> Student:
 
 def build_teacher(
     config: GkdConfig, world: World, student: Student, pad_id: int
+) -> tuple[TeacherEngine, Tensor | None]:
+    """The teacher, and the shard of its head that the loss needs (``None`` where it needs none). Collective."""
+    if isinstance(config.teacher, NoTeacherConfig):
+        _warn_of_own_samples(config)
+        return NoTeacher(), None
+    return _build_megatron_teacher(config, config.teacher, world, student, pad_id)
+
+
+def _warn_of_own_samples(config: GkdConfig) -> None:
+    if config.gkd.lmbda > 0:
+        log.warning(
+            "gkd.lmbda=%g: the cross-entropy also pulls the student towards what it writes itself; set gkd.lmbda=0 to learn "
+            "from the data alone",
+            config.gkd.lmbda,
+        )
+
+
+def _build_megatron_teacher(
+    config: GkdConfig, section: MegatronTeacherConfig, world: World, student: Student, pad_id: int
 ) -> tuple[MegatronTeacher, Tensor | None]:
-    """The headless teacher, and the shard of its head on the student's last stage (``None`` elsewhere). Collective."""
-    section, source = config.teacher, weight_source(config.teacher)
+    """The headless teacher, and the shard of its head on the student's last stage (``None`` elsewhere)."""
+    source = weight_source(section)
     parallel = section.parallel
     groups = make_model_groups(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     shapes = load_hf_shapes(source.hf_folder)
@@ -181,7 +201,9 @@ def build_tokenizer(config: GkdConfig) -> Tokenizer:
         ValueError: The teacher's has another vocabulary, so that the two distributions cannot be compared.
     """
     student = load_tokenizer(config.student.hf_folder)
-    require_same_vocabulary(student, load_tokenizer(config.teacher.hf_folder))
+    for name, model in config.models.items():
+        if name != "student":
+            require_same_vocabulary(student, load_tokenizer(model.hf_folder))
     return student
 
 

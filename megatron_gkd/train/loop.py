@@ -167,7 +167,7 @@ class Trainer:
             raise
 
     def _micro_batches(self, batch: Batch):
-        parallel = [self.config.student.parallel, self.config.teacher.parallel]
+        parallel = [model.parallel for model in self.config.models.values()]
         multiple_of = math.lcm(
             *(p.tensor_model_parallel_size if p.sequence_parallel else 1 for p in parallel)
         )
