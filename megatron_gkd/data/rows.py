@@ -168,7 +168,7 @@ class RowEncoder:
                 f"last turn alone, as {self._keys.prompt} and {self._keys.completion}"
             )
         ids, mask = self.tokenizer.encode_spans(text, spans)
-        return EncodedPrompt(text, ids, (False, *mask[1:]) if any(mask[1:]) else ())
+        return EncodedPrompt(text, ids, _without_first(mask))
 
     def _encode_completion(self, completion: Any) -> tuple[int, ...] | None:
         """Ids with an end-of-sequence token at the end; ``None`` (also JSON null) if there is no completion."""
@@ -196,15 +196,18 @@ class RowEncoder:
         if self._limits.truncation == "error":
             raise OverlongRow(f"{key} has {size} tokens, more than {limit_key}={limit}")
         kept = slice(size - limit, size) if self._limits.truncation == "left" else slice(0, limit)
-        mask = prompt.loss_mask[kept]
-        # nothing predicts the first token
-        return EncodedPrompt(prompt.text, prompt.ids[kept], (False, *mask[1:]) if any(mask[1:]) else ())
+        return EncodedPrompt(prompt.text, prompt.ids[kept], _without_first(prompt.loss_mask[kept]))
 
     def _render(self, messages: Messages) -> str:
         try:
             return self.tokenizer.render_chat(messages)
         except MessagesRefused as error:
             raise BadRow(str(error)) from error
+
+
+def _without_first(mask: tuple[bool, ...]) -> tuple[bool, ...]:
+    """The flags, but for the first token, which nothing predicts; empty if no flag is left."""
+    return (False, *mask[1:]) if any(mask[1:]) else ()
 
 
 def _check_text(name: str, value: Any) -> str:

@@ -77,6 +77,7 @@ def _build_stream(config: GkdConfig, files: list[RowFile], tokenizer: Tokenizer)
     policy = RowPolicy(data.overlong_prompts, data.max_bad_rows, needed_by)
     encoder = _encoder(config, tokenizer, needs_completions=needs_completions)
     if data.streaming:
+        log.info("Prompts: %s, read while training", ", ".join(str(file.path) for file in files))
         return StreamedPrompts(
             files, encoder, policy, seed=seed, shuffle=data.shuffle, block_rows=data.shuffle_rows
         )

@@ -16,7 +16,7 @@ from tests.support.tiny_models import EOS_ID, TOKENIZER_SIZE, write_tiny_model
 
 @pytest.fixture
 def build(tmp_path, tiny_llama):
-    """build(rows, *overrides) -> (config, tokenizer)"""
+    """build(*overrides) -> (config, tokenizer), with the prompts a0 to a5; b.jsonl holds b0 to b2."""
 
     def make(*overrides: str):
         tree = {
