@@ -103,7 +103,12 @@ def _train(config: GkdConfig) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from megatron_gkd.observability.log import configure_logging
+    from megatron_gkd.observability.stop_file import StopFile
 
+    if rank == 0:
+        StopFile(
+            config.train.output_dir
+        ).clear()  # at once: one written while the models load is meant for this start
     configure_logging(config.logging.level, rank, Path(place.fill(config.runtime.log_file)))
     environment.report()
     return record(_train_or_report)(config, rank) or 0
