@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from megatron_gkd.cli.outcome import REFUSED
 from megatron_gkd.config import ConfigError, GkdConfig, load_config
 from megatron_gkd.models.families.patterns import check_patterns
@@ -21,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     try:
         config = load_config(options.config, options.overrides)
+        if options.show is not None:
+            sys.stdout.write(_value_text(config, options.show))
+            return 0
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         config.check_world(options.world_size or world_size)
         check_patterns(config)
@@ -38,14 +43,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="On-policy distillation of a student from a teacher. Start it with torchrun, one process per device.",
         epilog="Every key, with its default: configs/on_policy_distill_trainer.yaml",
     )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        action="append",
-        required=True,
-        metavar="FILE",
-        help="YAML file; may be given several times, later files win",
-    )
+    add_config_arguments(parser)
     parser.add_argument(
         "--check", action="store_true", help="check the configuration and exit; needs no torch"
     )
@@ -58,12 +56,52 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--world-size", type=int, default=None, metavar="N", help="with --check: number of ranks to check for"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="overrides, e.g. loss.beta=0.1"
+        "--show",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="print a key of the resolved configuration, or all of it, and exit; needs no torch",
     )
     options = parser.parse_args(argv)
     if options.world_size is not None and not options.check:
         parser.error("--world-size goes with --check; a run takes its size from torchrun")
     return options
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that ``load_config`` takes."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="YAML file; may be given several times, later files win",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="overrides, e.g. loss.beta=0.1"
+    )
+
+
+def _value_text(config: GkdConfig, key: str) -> str:
+    """The value of a key, or of a property derived from keys, as text; the whole tree for no key."""
+    if not key:
+        return config.to_yaml()
+    value: Any = config
+    for name in key.split("."):
+        if not _has_key(value, name):
+            raise ConfigError(f"--show {key}: there is no such key")
+        value = getattr(value, name)
+    if isinstance(value, BaseModel):
+        raise ConfigError(f"--show {key}: is a section; name one of its keys")
+    return f"{'null' if value is None else value}\n"
+
+
+def _has_key(section: Any, name: str) -> bool:
+    kind = type(section)
+    return issubclass(kind, BaseModel) and (
+        name in kind.model_fields or isinstance(getattr(kind, name, None), property)
+    )
 
 
 def _dry_run(config: GkdConfig) -> int:
@@ -103,7 +141,10 @@ def _train(config: GkdConfig) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from megatron_gkd.observability.log import configure_logging
+    from megatron_gkd.observability.stop_file import StopFile
 
+    if rank == 0:  # at once: a file written while the models load is meant for this start
+        StopFile(config.train.output_dir).clear()
     configure_logging(config.logging.level, rank, Path(place.fill(config.runtime.log_file)))
     environment.report()
     return record(_train_or_report)(config, rank) or 0

@@ -56,6 +56,9 @@ class SglangRolloutConfig(BaseRolloutConfig):
     urls: tuple[str, ...] = ()
     """Addresses of external servers, such as http://10.0.0.5:30000; needed for placement external, refused
     otherwise."""
+    api_key_env: str | None = None
+    """Name of the environment variable with the key that external servers demand; servers that other machines reach
+    must have one."""
     tensor_model_parallel_size: int = Field(default=1, ge=1)
     """Tensor-parallel size of the server itself; independent of the student's."""
     start_timeout_s: float = Field(default=300.0, gt=0)
@@ -86,12 +89,17 @@ class SglangRolloutConfig(BaseRolloutConfig):
         return urls
 
     @model_validator(mode="after")
-    def _urls_exactly_when_external(self) -> Self:
+    def _urls_and_key_only_when_external(self) -> Self:
         if self.placement == "external" and not self.urls:
             raise ValueError("placement=external needs urls; list the servers or set placement=colocated")
         if self.placement == "colocated" and self.urls:
             raise ValueError(
                 "urls are given but placement=colocated ignores them; set placement=external or remove urls"
+            )
+        if self.placement == "colocated" and self.api_key_env:
+            raise ValueError(
+                f"api_key_env={self.api_key_env!r} is for placement=external: the server of a colocated engine is open to this "
+                "machine only; remove it"
             )
         return self
 

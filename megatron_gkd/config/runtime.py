@@ -1,6 +1,7 @@
 """The runtime section: environment of the run's processes, and their logs."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -32,6 +33,11 @@ class RuntimeConfig(Config):
     Servers get them too, except thread counts and CUDA_DEVICE_MAX_CONNECTIONS (see rollout.num_threads)."""
     log_file: str = "{output_dir}/logs/{process}.log"
     """Log of each rank; placeholders as in env_vars, {process} is needed."""
+    working_dir: Path = Path()
+    """Folder with the code; launch/submit.py copies it to train.output_dir/code and the job runs the copy."""
+    excludes: tuple[str, ...] = (".git/", ".venv/", "__pycache__/", "*.egg-info/", ".*_cache/", "/runs/")
+    """What is not copied, in the manner of .gitignore: a pattern is a name at any depth, or a path from working_dir if
+    it begins with /; one that ends with / matches folders only."""
 
     @field_validator("env_vars", mode="before")
     @classmethod
@@ -55,6 +61,16 @@ class RuntimeConfig(Config):
         _check_placeholders("log_file", value)
         if "{process}" not in value:
             raise ValueError("needs {process}; otherwise all ranks would write one file")
+        return value
+
+    @field_validator("excludes")
+    @classmethod
+    def _patterns_match_something(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            if not pattern.strip("/"):
+                raise ValueError(f"the pattern {pattern!r} matches nothing; remove it")
+            if "/" in pattern.strip("/") and not pattern.startswith("/"):
+                raise ValueError(f"{pattern!r} is a path; begin it with / to take it from working_dir")
         return value
 
 

@@ -4,6 +4,7 @@ from megatron_gkd.observability.log import configure_logging
 from megatron_gkd.observability.metrics import Metric, Metrics, MetricsWriter, SampleWriter
 from megatron_gkd.observability.progress import Progress, progress_line
 from megatron_gkd.observability.status import Status, StatusFile
+from megatron_gkd.observability.stop_file import StopFile
 from megatron_gkd.observability.timers import Timers
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "SampleWriter",
     "Status",
     "StatusFile",
+    "StopFile",
     "Timers",
     "configure_logging",
     "progress_line",

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from megatron_gkd.observability.files import replace_text
 
 State = Literal["running", "done", "refused", "stopped", "failed"]
-"""done: all iterations; refused: before training; stopped: by a signal, saved; failed: by an error."""
+"""done: all iterations; refused: before training; stopped: by a signal or the stop file, saved; failed: by an error."""
 
 
 @dataclass(frozen=True)

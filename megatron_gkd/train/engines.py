@@ -1,13 +1,14 @@
 """The generation engine of a run: started early, connected once the student exists."""
 
 import logging
+import os
 import secrets
 import shutil
 from pathlib import Path
 
-from megatron_gkd.config import GkdConfig
+from megatron_gkd.config import ConfigError, GkdConfig
 from megatron_gkd.config.hf_shapes import HfShapes
-from megatron_gkd.config.rollout import SglangRolloutConfig
+from megatron_gkd.config.rollout import RolloutConfig, SglangRolloutConfig
 from megatron_gkd.data.tokenizer import Tokenizer
 from megatron_gkd.models.lora import merged_parameters
 from megatron_gkd.parallel.collectives import broadcast_json
@@ -32,6 +33,22 @@ TMPFS = Path("/dev/shm")
 def push_base(config: GkdConfig, rollout: SglangRolloutConfig) -> Path:
     """Folder below which weights are handed to the server."""
     return rollout.push_dir or (TMPFS if TMPFS.is_dir() else config.train.output_dir)
+
+
+def api_key_of(rollout: RolloutConfig) -> str | None:
+    """The key of external servers.
+
+    Raises:
+        ConfigError: The variable that should hold it is not set.
+    """
+    if not isinstance(rollout, SglangRolloutConfig) or rollout.api_key_env is None:
+        return None
+    if not os.environ.get(rollout.api_key_env):
+        raise ConfigError(
+            f"rollout.api_key_env={rollout.api_key_env!r}: this environment variable is not set; export it before the "
+            "start, or set the key to null for servers without a key"
+        )
+    return os.environ[rollout.api_key_env]
 
 
 class EngineHost:
@@ -146,7 +163,8 @@ class EngineHost:
         if self._server is not None:
             self._server.wait_until_healthy(rollout.start_timeout_s)
             return [self._server.client(**options)]
-        clients = [SglangClient(url, **options) for url in rollout.urls]
+        api_key = api_key_of(rollout)
+        clients = [SglangClient(url, api_key=api_key, **options) for url in rollout.urls]
         for client in clients:
             client.check_settings(num_sequence_tokens=self._config.seq_length)
         return clients

@@ -1,7 +1,6 @@
 """The run: one iteration after the other, strictly on-policy, saved and stopped in order."""
 
 import logging
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,7 +13,6 @@ from megatron_gkd.data.sample import Batch, Prompt
 from megatron_gkd.data.streams import PromptStream
 from megatron_gkd.data.tokenizer import DataError, Tokenizer
 from megatron_gkd.observability.status import State
-from megatron_gkd.parallel.collectives import any_rank
 from megatron_gkd.rollout.engine import EngineError, RolloutEngine
 from megatron_gkd.teacher.engine import TeacherEngine
 from megatron_gkd.train.build import Student, World, build_student, build_teacher, make_micro_batches
@@ -24,6 +22,7 @@ from megatron_gkd.train.probe import probe_sequences
 from megatron_gkd.train.records import Records
 from megatron_gkd.train.state import TrainState
 from megatron_gkd.train.step import StepResult, attach_signals, train_step
+from megatron_gkd.train.stop import StopRequest
 from megatron_gkd.train.validation import Validation
 
 log = logging.getLogger(__name__)
@@ -31,22 +30,6 @@ log = logging.getLogger(__name__)
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on; the message says why and what to look at."""
-
-
-class StopRequest:
-    """Notes SIGTERM and SIGINT, so that the run stops between two iterations."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-
-    def listen(self) -> None:
-        """Install the handlers; a second signal of a kind ends the process at once."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame) -> None:
-        self.signal_name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
 
 
 @dataclass
@@ -102,7 +85,7 @@ class Trainer:
             engine = self.connect_engine()
             self.records.start(self.state.iteration)
             while self.state.iteration < train.train_iters:
-                if any_rank(stop.signal_name is not None, device=self.world.device):
+                if stop.is_agreed(self.world.device):
                     self.save()
                     return "stopped"
                 self._iterate(engine)

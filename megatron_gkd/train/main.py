@@ -15,8 +15,9 @@ from megatron_gkd.platform.kernels import detect_kernels
 from megatron_gkd.train.build import start_world
 from megatron_gkd.train.engines import EngineHost
 from megatron_gkd.train.inputs import build_prompts, build_tokenizer, build_validation_prompts
-from megatron_gkd.train.loop import StopRequest, Trainer, build_trainer
+from megatron_gkd.train.loop import Trainer, build_trainer
 from megatron_gkd.train.preconditions import require_engine
+from megatron_gkd.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Run:
 
     def __init__(self, config: GkdConfig, platform: Platform, rank: int):
         self._config, self._platform, self._rank = config, platform, rank
-        self._stop = StopRequest()
+        self._stop = StopRequest(config.train.output_dir)
         self._host: EngineHost | None = None
         self._trainer: Trainer | None = None
 
@@ -60,7 +61,7 @@ class Run:
         assert self._trainer is not None
         trainer = self._trainer
         outcome = trainer.run(self._stop)
-        reason = f"stopped by {self._stop.signal_name}" if outcome == "stopped" else "all iterations are done"
+        reason = self._stop.reason or "all iterations are done"
         trainer.records.status(outcome, trainer.state.iteration, reason)
         dist.barrier()
         return outcome

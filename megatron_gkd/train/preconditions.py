@@ -15,7 +15,7 @@ from megatron_gkd.config.rollout import SglangRolloutConfig
 from megatron_gkd.serving.client import SglangClient
 from megatron_gkd.serving.errors import EngineError
 from megatron_gkd.train.build import DTYPES
-from megatron_gkd.train.engines import push_base
+from megatron_gkd.train.engines import api_key_of, push_base
 
 GIB = 2**30
 CHECK_TIMEOUT_S = 30.0
@@ -75,7 +75,7 @@ def _push_space_problems(config: GkdConfig, folder: Path, name: str) -> Iterator
 
 
 def _server_problems(config: GkdConfig, rollout: SglangRolloutConfig) -> Iterator[str]:
-    vocab_size = load_hf_shapes(config.student.hf_folder).vocab_size
+    vocab_size, api_key = load_hf_shapes(config.student.hf_folder).vocab_size, api_key_of(rollout)
     for url in rollout.urls:
         try:
             client = SglangClient(
@@ -83,6 +83,7 @@ def _server_problems(config: GkdConfig, rollout: SglangRolloutConfig) -> Iterato
                 vocab_size=vocab_size,
                 request_timeout_s=min(rollout.request_timeout_s, CHECK_TIMEOUT_S),
                 max_retries=0,
+                api_key=api_key,
             )
             client.check_settings(num_sequence_tokens=config.seq_length)
         except (EngineError, ValueError) as error:

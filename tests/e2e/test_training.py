@@ -28,6 +28,7 @@ from tests.support.launching import (
 )
 from tests.support.tiny_models import write_prompts
 
+NUM_ITERATIONS = 8
 VALUES = ("loss", "loss/on_policy", "loss/off_policy", "grad_norm", "lr", "tokens", "tokens/consumed")
 
 
@@ -67,31 +68,49 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_p
             "shuffle_rows": 3,
         },
         evaluation={"files": more, "interval": 3},
+        train={"train_iters": NUM_ITERATIONS},
     )
     whole, parts = tmp_path / "run", tmp_path / "parts"
     output = train(config)
-    assert read_status(whole) == {"state": "done", "iteration": 4, "reason": "all iterations are done"}
-    assert "iteration 4/4 | loss " in output
+    assert read_status(whole) == {
+        "state": "done",
+        "iteration": NUM_ITERATIONS,
+        "reason": "all iterations are done",
+    }
+    assert f"iteration {NUM_ITERATIONS}/{NUM_ITERATIONS} | loss " in output
 
-    process = launch(config, f"train.output_dir={parts}", log_file=tmp_path / "parts.log")
-    wait_until(lambda: len(read_metrics(parts)) >= 1, process, tmp_path / "parts.log", 200)
-    process.send_signal(signal.SIGTERM)  # torchrun hands it to the ranks
-    process.wait(60)
-    stopped = read_status(parts)
-    assert stopped["state"] == "stopped"
-    assert "SIGTERM" in stopped["reason"]
-    assert 1 <= stopped["iteration"] < 4
+    # torchrun hands the signal to the ranks
+    first = stop_a_run(config, parts, lambda process: process.send_signal(signal.SIGTERM))
+    assert "SIGTERM" in first["reason"]
+    (parts / "stop").write_text("meant for an earlier start")
+    second = stop_a_run(config, parts, lambda _: (parts / "stop").write_text("enough for today\n"))
+    assert second["reason"] == f"stopped by {parts}/stop: enough for today"
+    assert 1 <= first["iteration"] < second["iteration"] < NUM_ITERATIONS
     output = train(config, f"train.output_dir={parts}")
     assert f"Resuming from {parts}" in output
+    assert not (parts / "stop").exists()
     for expected, got in zip(read_metrics(whole), read_metrics(parts), strict=True):
         assert {key: got[key] for key in VALUES} == {key: expected[key] for key in VALUES}
         assert got.get("validation/loss") == expected.get("validation/loss")
-        assert ("validation/loss" in got) == (got["iteration"] >= 3), "after every third and after the last"
-    expected = export(whole / "checkpoints" / "iter_0000004", tmp_path / "whole_hf")
-    got = export(parts / "checkpoints" / "iter_0000004", tmp_path / "parts_hf")
+        is_due = got["iteration"] in (3, 6, NUM_ITERATIONS)
+        assert ("validation/loss" in got) == is_due, "after every third and after the last"
+    expected = export(whole / "checkpoints" / f"iter_{NUM_ITERATIONS:07d}", tmp_path / "whole_hf")
+    got = export(parts / "checkpoints" / f"iter_{NUM_ITERATIONS:07d}", tmp_path / "parts_hf")
     assert expected.keys() == got.keys()
     assert all(expected[name].equal(got[name]) for name in expected)
     check_exported(tmp_path / "whole_hf", tmp_path / "student")
+
+
+def stop_a_run(config: Path, run: Path, ask: Callable[[subprocess.Popen], object]) -> dict:
+    """Start the run, ask it to stop after the first new iteration; its status after the end."""
+    log_file, num_before = run.with_suffix(".log"), len(read_metrics(run))
+    process = launch(config, f"train.output_dir={run}", log_file=log_file)
+    wait_until(lambda: len(read_metrics(run)) > num_before, process, log_file, 200)
+    ask(process)
+    process.wait(60)  # torchrun itself fails when it was signalled
+    status = read_status(run)
+    assert status["state"] == "stopped"
+    return status
 
 
 def check_exported(folder: Path, student: Path) -> None:

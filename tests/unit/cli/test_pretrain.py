@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from megatron_gkd.cli.pretrain import main
+from megatron_gkd.config import load_config
 from tests.support.launching import write_run_config
 
 ROOT = Path(__file__).parents[3]
@@ -36,3 +40,32 @@ def test_the_environment_is_set_before_torch_is_imported(tmp_path):
     )
     assert result.stdout == f"{tmp_path}/run/dumps/rank_0 shell\n", result.stderr
     assert (tmp_path / "run" / "dumps").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("train.output_dir", "{run}"),
+        ("seq_length", "76"),
+        ("student.hf_folder", "{run}/../student"),
+        ("rollout.stop", "()"),
+    ],
+)
+def test_scripts_can_ask_for_a_value_of_the_configuration(tmp_path, capsys, key, expected):
+    config = write_run_config(tmp_path)
+    assert main(["--config", str(config), "--show", key]) == 0
+    shown = capsys.readouterr().out.removesuffix("\n")
+    assert Path(shown).resolve() == Path(expected.format(run=tmp_path / "run")).resolve()
+
+
+def test_scripts_can_ask_for_the_whole_configuration(tmp_path, capsys):
+    config = write_run_config(tmp_path)
+    assert main(["--config", str(config), "loss.beta=0.25", "--show"]) == 0
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "shown.yaml") == load_config(config, ["loss.beta=0.25"])
+
+
+@pytest.mark.parametrize("key", ["train.outputdir", "train", "to_yaml", "loss.beta.x"])
+def test_a_key_that_cannot_be_shown_is_refused(tmp_path, capsys, key):
+    assert main(["--config", str(write_run_config(tmp_path)), "--show", key]) == 2
+    assert f"--show {key}: " in capsys.readouterr().err

@@ -82,6 +82,7 @@ def test_all_problems_are_reported_at_once_with_key_and_hint(config_file):
         ("rollout.top_k=0", r"must be -1 \(off\) or at least 1"),
         ("rollout.placement=external", "placement=external needs urls"),
         ("rollout.urls=['http://a:1']", "placement=colocated ignores them"),
+        ("rollout.api_key_env=A_KEY", "api_key_env='A_KEY' is for placement=external"),
         ("rollout={placement: external, urls: ['a:1']}", "must start with http"),
         ("student.hf=null", "neither is given"),
         ("student.hf=", "neither is given"),

@@ -18,6 +18,7 @@ def test_the_shipped_file_is_a_further_config_before_or_after_the_own_one(config
     files = [value for name, value in runtime.env_vars.items() if name.endswith("_FILE")]
     assert files
     assert all("{host}" in value and "{process}" in value for value in [*files, runtime.log_file])
+    assert runtime.excludes == load_config(config_file).runtime.excludes
 
 
 def test_numbers_become_texts_and_null_takes_a_variable_out(config_file):
@@ -41,6 +42,8 @@ def test_numbers_become_texts_and_null_takes_a_variable_out(config_file):
         ("env_vars.A=true", r"runtime.env_vars.A: should be a valid string \(got True\)"),
         ("log_file='logs/{host}.log'", r"runtime.log_file: needs \{process\}"),
         ("log_file='logs/{proces}.log'", r"unknown placeholder \{proces\}"),
+        ("excludes=[/]", "matches nothing"),
+        ("excludes=[a/b]", "'a/b' is a path; begin it with /"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(config_file, override, message):

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# One torchrun on this node, started by srun (see job.sh):
+#   node.sh NODES RANKS_PER_NODE ENDPOINT LOG_FOLDER ARGUMENT...
+set -euo pipefail
+num_nodes=$1 ranks_per_node=$2 endpoint=$3 log_folder=$4
+shift 4
+
+# is_host and local-addr are said explicitly: torchrun would go by the names that this machine has for itself
+exec python -m torch.distributed.run \
+    --nnodes="$num_nodes" --nproc-per-node="$ranks_per_node" --max-restarts=0 \
+    --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-conf="is_host=$((SLURM_NODEID == 0))" \
+    --local-addr="$(address "$SLURMD_NODENAME")" \
+    --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
+    --log-dir="$log_folder/torchrun_$SLURMD_NODENAME" --tee=3 \
+    "$(dirname "$0")/../pretrain_gkd.py" "$@"

@@ -1,0 +1,52 @@
+# SGLang servers of a heterogeneous job, one on each node of a group; sourced after job.sh.
+MEGATRON_GKD_SGLANG_KEY=$(python -c "import secrets; print(secrets.token_hex(32))")
+export MEGATRON_GKD_SGLANG_KEY
+server_pids=()
+
+# endpoints GROUP: address:port of its servers, in the order of its nodes, with commas between
+endpoints() {
+    local nodelist="SLURM_JOB_NODELIST_HET_GROUP_$1" node found=()
+    for node in $(scontrol show hostnames "${!nodelist}"); do
+        found+=("$(address "$node"):$(port $(($1 * 100 + ${#found[@]})))")
+    done
+    (IFS=, && echo "${found[*]}")
+}
+
+# urls GROUP: as a list in YAML
+urls() {
+    echo "[$(endpoints "$1" | sed 's#[^,]*#http://&#g')]"
+}
+
+# start_servers GROUP NAME MODEL OPTION...: options of launch/serve.py; an address is in logs/NAME_<node>.url once it answers
+start_servers() {
+    rm -f "$run_folder/logs/$2"_*.url
+    srun --het-group="$1" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
+        --output="$run_folder/logs/$2_%N.url" --error="$run_folder/logs/$2_%N.err" --open-mode=truncate \
+        bash "$code/launch/slurm/server.sh" "$(endpoints "$1")" "$run_folder/logs/$2" \
+        --model "$3" --context-length "$(value seq_length)" --config "$resolved" "${@:4}" &
+    server_pids+=($!)
+}
+
+# await_servers GROUP NAME: until all of them answer; fails when one ends first
+await_servers() {
+    local num_servers num_ready=0
+    num_servers=$(endpoints "$1" | tr , '\n' | wc -l)
+    while ((num_ready < num_servers)); do
+        if ! kill -0 "${server_pids[@]}" 2>/dev/null; then
+            echo "error: a server ended before it answered; see $run_folder/logs/$2_*.log" >&2
+            return 1
+        fi
+        sleep 1
+        num_ready=$(cat "$run_folder/logs/$2"_*.url 2>/dev/null | grep -c ^http || true)
+    done
+}
+
+# stop_servers GROUP...: in order; srun itself would kill them at once
+stop_servers() {
+    local group job
+    for group in "$@"; do
+        job="SLURM_JOB_ID_HET_GROUP_$group"
+        scancel --signal=TERM "${!job}" || true
+    done
+    wait "${server_pids[@]}" || true
+}
