@@ -9,57 +9,109 @@ Shapes: T = tokens, C = tokens of one chunk, V = vocabulary entries held by this
 token that the gradient needs.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_gkd.losses.comparison import Comparison
+from megatron_gkd.losses.combine import Sum
+from megatron_gkd.losses.comparison import Joined, joined_rows, rows_of
 from megatron_gkd.losses.softmax import accumulation_dtype, row_pieces, row_slices
 
 
-class Problem(NamedTuple):
-    """A loss of logits = hidden @ head^T."""
+class Layer(NamedTuple):
+    """An output layer with its input: logits = soft_cap tanh(z / soft_cap) of z = scale (hidden @ head^T + bias)."""
 
-    comparison: Comparison
-    target_chunks: Callable[[], Iterator[Tensor]]  # teacher logits or labels of each chunk, in order
+    hidden_TH: Tensor
+    head_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def logit_chunks(self, num_columns: int, tokens_per_chunk: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The leading columns of each chunk's logits, all in one buffer: a chunk lives until the next one is asked for."""
+        hidden_TH, head_VH = self.hidden_TH, self.head_VH[:num_columns]
+        num_rows = min(hidden_TH.shape[0], tokens_per_chunk)
+        product_CV = hidden_TH.new_empty(num_rows, num_columns)
+        logits_CV = product_CV if dtype == hidden_TH.dtype else torch.empty_like(product_CV, dtype=dtype)
+        for rows in row_slices(hidden_TH.shape[0], tokens_per_chunk):
+            chunk = slice(0, rows.stop - rows.start)
+            torch.mm(hidden_TH[rows], head_VH.t(), out=product_CV[chunk])
+            if logits_CV is not product_CV:
+                logits_CV[chunk].copy_(product_CV[chunk])
+            yield self._finish_(logits_CV[chunk])
+
+    def _finish_(self, logits_CV: Tensor) -> Tensor:
+        if self.bias_V is not None:
+            logits_CV.add_(self.bias_V[: logits_CV.shape[1]])
+        if self.scale != 1.0:
+            logits_CV.mul_(self.scale)
+        if self.soft_cap is not None:
+            logits_CV.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        return logits_CV
+
+
+class Problem(NamedTuple):
+    """A loss of logits = hidden @ head^T + bias."""
+
+    comparison: Sum
+    targets: Joined  # of the terms: a tensor with a row for each token, a teacher's ``Layer``, or a ``Joined`` of such
     num_columns: int  # leading rows of the head that are real
     tokens_per_chunk: int
 
-    def chunks(self, student_TH: Tensor, head_VH: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(rows, student logits [C, V], target of those rows); the logits may be overwritten."""
-        slices = row_slices(student_TH.shape[0], self.tokens_per_chunk)
-        dtype = accumulation_dtype(student_TH.dtype)
-        logits = logit_chunks(student_TH, head_VH[: self.num_columns], self.tokens_per_chunk, dtype)
-        return zip(slices, logits, self.target_chunks(), strict=True)
+    def chunks(self, student: Layer) -> Iterator[tuple[slice, Tensor, Joined]]:
+        """(rows, student logits [C, V], targets of those rows); the logits may be overwritten."""
+        slices = row_slices(student.hidden_TH.shape[0], self.tokens_per_chunk)
+        dtype = accumulation_dtype(student.hidden_TH.dtype)
+        logits = student.logit_chunks(self.num_columns, self.tokens_per_chunk, dtype)
+        return zip(slices, logits, self._target_chunks(self.targets, dtype), strict=True)
+
+    def _target_chunks(self, target: Any, dtype: torch.dtype) -> Iterator[Any]:
+        """The target of each chunk, in order."""
+        if isinstance(target, Layer):
+            return target.logit_chunks(self.num_columns, self.tokens_per_chunk, dtype)
+        if isinstance(target, Joined):
+            return map(Joined, zip(*(self._target_chunks(part, dtype) for part in target), strict=True))
+        return (target[rows] for rows in row_slices(target.shape[0], self.tokens_per_chunk))
 
 
-def solve(
-    student_TH: Tensor, head_VH: Tensor, problem: Problem, token_weight_T: Tensor | None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """loss_T, or (sum of weight * loss, loss_T without gradient) if weights are given.
+class WeightedLoss(NamedTuple):
+    """What a loss with weights per token returns.
+
+    Attributes:
+        total: Sum of weight * loss, with gradients.
+        loss_T: [T] loss of each token.
+        details_TP: [T, P] what ``Sum.detail_names`` says about each token.
+    """
+
+    total: Tensor
+    loss_T: Tensor
+    details_TP: Tensor
+
+
+def solve_weighted(student: Layer, problem: Problem, token_weight_T: Tensor) -> WeightedLoss:
+    """The weighted sum, whose gradients are made in the forward pass.
 
     Raises:
-        ValueError: If ``token_weight_T`` is not [T] or the chunk is empty.
+        ValueError: If ``token_weight_T`` is not [T].
     """
-    if problem.tokens_per_chunk < 1:
+    if token_weight_T.shape != student.hidden_TH.shape[:1]:
         raise ValueError(
-            f"tokens_per_chunk {problem.tokens_per_chunk} is not at least 1; 256 suits most shapes"
+            f"token_weight_T {tuple(token_weight_T.shape)} does not fit hidden states "
+            f"{tuple(student.hidden_TH.shape)}; pass one weight per row"
         )
-    if token_weight_T is None:
-        return _PerToken.apply(student_TH, head_VH, problem)
-    if token_weight_T.shape != student_TH.shape[:1]:
-        raise ValueError(
-            f"token_weight_T {tuple(token_weight_T.shape)} does not fit hidden states {tuple(student_TH.shape)}; pass one "
-            "weight per row"
-        )
-    weight_T = token_weight_T.detach().to(accumulation_dtype(student_TH.dtype))
-    if torch.is_grad_enabled() and (student_TH.requires_grad or head_VH.requires_grad):
-        return _WeightedSum.apply(student_TH, head_VH, problem, weight_T)
-    loss_T, _ = _measure(student_TH, head_VH, problem)
-    return (loss_T * weight_T).sum(), loss_T
+    weight_T = token_weight_T.detach().to(accumulation_dtype(student.hidden_TH.dtype))
+    inputs = student.hidden_TH, student.head_VH, student.bias_V
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return WeightedLoss(*_WeightedSum.apply(*inputs, problem, weight_T))
+    return WeightedLoss(*_evaluate(student, problem, weight_T))
+
+
+def solve_per_token(student: Layer, problem: Problem) -> Tensor:
+    """[T] loss, right for any upstream gradient."""
+    return _PerToken.apply(student.hidden_TH, student.head_VH, student.bias_V, problem)
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -67,39 +119,45 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, student_TH: Tensor, head_VH: Tensor, problem: Problem, weight_T: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx,
+        student_TH: Tensor,
+        head_VH: Tensor,
+        bias_V: Tensor | None,
+        problem: Problem,
+        weight_T: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Each chunk's logits become their own gradient, which two products turn into those of the inputs."""
-        gradients = _Gradients(student_TH, head_VH, problem.num_columns, ctx.needs_input_grad)
-        loss_T = torch.empty_like(weight_T)
-        for rows, logits_CV, target in problem.chunks(student_TH, head_VH):
-            loss_T[rows] = problem.comparison.differentiate_(logits_CV, target, weight_T[rows])
+        student = Layer(student_TH, head_VH, bias_V)
+        gradients = _Gradients(student, problem.num_columns, ctx.needs_input_grad)
+        loss_T, details_TP = _empty_outcome(problem, weight_T)
+        for rows, logits_CV, targets in problem.chunks(student):
+            loss_T[rows], stats_CK = problem.comparison.differentiate_(logits_CV, targets, weight_T[rows])
+            details_TP[rows] = problem.comparison.details(stats_CK, targets)
             gradients.add(rows, logits_CV)
-        ctx.save_for_backward(gradients.student_TH, gradients.head_VH)
-        ctx.mark_non_differentiable(loss_T)
-        ctx.head_dtype = head_VH.dtype
-        return (loss_T * weight_T).sum(), loss_T
+        ctx.save_for_backward(*gradients.tensors)
+        ctx.mark_non_differentiable(loss_T, details_TP)
+        ctx.dtypes = [student_TH.dtype, head_VH.dtype, None if bias_V is None else bias_V.dtype]
+        return (loss_T * weight_T).sum(), loss_T, details_TP
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """One number for all tokens."""
-        grad_student_TH, grad_head_VH = ctx.saved_tensors
-        if grad_student_TH is not None:
-            grad_student_TH = grad_student_TH * upstream.to(grad_student_TH.dtype)
-        if grad_head_VH is not None:
-            grad_head_VH = (grad_head_VH * upstream).to(ctx.head_dtype)
-        return grad_student_TH, grad_head_VH, None, None
+        grads = (
+            None if grad is None else (grad * upstream.to(grad.dtype)).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*grads, None, None)
 
 
 class _PerToken(torch.autograd.Function):
     """[T] loss; the backward makes the logits again."""
 
     @staticmethod
-    def forward(ctx, student_TH: Tensor, head_VH: Tensor, problem: Problem) -> Tensor:
+    def forward(ctx, student_TH: Tensor, head_VH: Tensor, bias_V: Tensor | None, problem: Problem) -> Tensor:
         """Keeps K numbers per token."""
-        loss_T, stats_TK = _measure(student_TH, head_VH, problem)
-        ctx.save_for_backward(student_TH, head_VH, stats_TK)
+        loss_T, stats_TK = _measure(Layer(student_TH, head_VH, bias_V), problem)
+        ctx.save_for_backward(student_TH, head_VH, bias_V, stats_TK)
         ctx.problem = problem
         return loss_T
 
@@ -107,78 +165,79 @@ class _PerToken(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream_T: Tensor) -> tuple[Tensor | None, ...]:
         """No collective: the saved numbers are those of the whole vocabulary."""
-        student_TH, head_VH, stats_TK = ctx.saved_tensors
-        gradients = _Gradients(student_TH, head_VH, ctx.problem.num_columns, ctx.needs_input_grad)
-        for chunk, logits_CV, target in ctx.problem.chunks(student_TH, head_VH):
+        *inputs, stats_TK = ctx.saved_tensors
+        student = Layer(*inputs)
+        gradients = _Gradients(student, ctx.problem.num_columns, ctx.needs_input_grad)
+        for chunk, logits_CV, targets in ctx.problem.chunks(student):
             stats_CK, upstream_C = stats_TK[chunk], upstream_T[chunk]
             for rows in row_pieces(logits_CV):
                 logits_CV[rows] = ctx.problem.comparison.gradient(
-                    logits_CV[rows], target[rows], stats_CK[rows], upstream_C[rows]
+                    logits_CV[rows], rows_of(targets, rows), stats_CK[rows], upstream_C[rows]
                 )
             gradients.add(chunk, logits_CV)
-        grad_head_VH = gradients.head_VH
-        return gradients.student_TH, None if grad_head_VH is None else grad_head_VH.to(head_VH.dtype), None
+        grads = zip(gradients.tensors, inputs, strict=True)
+        return (*(None if grad is None else grad.to(x.dtype) for grad, x in grads), None)
 
 
 class _Gradients:
-    """Gradients of the hidden states (in their dtype) and of the head (float32 or float64), filled chunk by chunk."""
+    """Gradients of the hidden states (in their dtype), the head and its bias (float32 or 64), filled chunk by chunk."""
 
-    def __init__(
-        self, student_TH: Tensor, head_VH: Tensor, num_columns: int, needs_input_grad: tuple[bool, ...]
-    ):
-        self._inputs = student_TH, head_VH[:num_columns]
+    def __init__(self, student: Layer, num_columns: int, needs_input_grad: tuple[bool, ...]):
+        self._hidden_TH, self._head_VH = student.hidden_TH, student.head_VH[:num_columns]
         self._num_columns = num_columns
-        needs_student, needs_head = needs_input_grad[:2]
-        self.student_TH = (
-            torch.empty_like(student_TH, memory_format=torch.contiguous_format) if needs_student else None
+        needs_hidden, needs_head, needs_bias = needs_input_grad[:3]
+        self._of_hidden_TH = (
+            torch.empty_like(student.hidden_TH, memory_format=torch.contiguous_format)
+            if needs_hidden
+            else None
         )
-        self.head_VH = (
-            torch.zeros_like(head_VH, dtype=accumulation_dtype(head_VH.dtype)) if needs_head else None
-        )
+        self._of_head_VH = _zero_sums(student.head_VH) if needs_head else None
+        self._of_bias_V = _zero_sums(student.bias_V) if needs_bias and student.bias_V is not None else None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden states, head and bias; ``None`` where none is needed."""
+        return self._of_hidden_TH, self._of_head_VH, self._of_bias_V
 
     def add(self, rows: slice, grad_CV: Tensor) -> None:
-        """Apply the chain rule of logits = hidden @ head^T, with both products in the dtype of the inputs."""
-        student_TH, head_VH = self._inputs
-        grad_CV = grad_CV.to(student_TH.dtype)
-        if self.student_TH is not None:
-            torch.mm(grad_CV, head_VH, out=self.student_TH[rows])
-        if self.head_VH is None:
+        """Apply the chain rule of logits = hidden @ head^T + bias, with both products in the dtype of the inputs."""
+        if self._of_bias_V is not None:
+            self._of_bias_V[: self._num_columns].add_(grad_CV.sum(0))
+        grad_CV = grad_CV.to(self._hidden_TH.dtype)
+        if self._of_hidden_TH is not None:
+            torch.mm(grad_CV, self._head_VH, out=self._of_hidden_TH[rows])
+        if self._of_head_VH is None:
             return
-        sum_VH = self.head_VH[: self._num_columns]
+        sum_VH = self._of_head_VH[: self._num_columns]
         if sum_VH.dtype == grad_CV.dtype:
-            sum_VH.addmm_(grad_CV.t(), student_TH[rows])
+            sum_VH.addmm_(grad_CV.t(), self._hidden_TH[rows])
         else:
-            sum_VH.add_(grad_CV.t() @ student_TH[rows])
+            sum_VH.add_(grad_CV.t() @ self._hidden_TH[rows])
 
 
-def _measure(student_TH: Tensor, head_VH: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+def _zero_sums(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
+
+
+def _measure(student: Layer, problem: Problem) -> tuple[Tensor, Tensor]:
     """(loss_T, stats_TK)."""
     parts = [
-        problem.comparison.measure(logits_CV, target)
-        for _, logits_CV, target in problem.chunks(student_TH, head_VH)
+        problem.comparison.measure(logits_CV, targets) for _, logits_CV, targets in problem.chunks(student)
     ]
-    if not parts:
-        empty = student_TH.new_empty(0, dtype=accumulation_dtype(student_TH.dtype))
-        return empty, empty.unsqueeze(-1)
-    loss_T, stats_TK = (torch.cat(part) for part in zip(*parts, strict=True))
-    return loss_T, stats_TK
+    if parts:
+        return joined_rows(parts)
+    empty_T = student.hidden_TH.new_empty(0, dtype=accumulation_dtype(student.hidden_TH.dtype))
+    return empty_T, empty_T.unsqueeze(-1)
 
 
-def logit_chunks(
-    hidden_TH: Tensor, head_VH: Tensor, tokens_per_chunk: int, dtype: torch.dtype
-) -> Iterator[Tensor]:
-    """Yield hidden @ head^T of each chunk in ``dtype``, all in one buffer: a chunk lives until the next one is asked for."""
-    num_rows = min(hidden_TH.shape[0], tokens_per_chunk)
-    product_CV = hidden_TH.new_empty(num_rows, head_VH.shape[0])
-    logits_CV = product_CV if dtype == hidden_TH.dtype else torch.empty_like(product_CV, dtype=dtype)
-    for rows in row_slices(hidden_TH.shape[0], tokens_per_chunk):
-        chunk = slice(0, rows.stop - rows.start)
-        torch.mm(hidden_TH[rows], head_VH.t(), out=product_CV[chunk])
-        if logits_CV is not product_CV:
-            logits_CV[chunk].copy_(product_CV[chunk])
-        yield logits_CV[chunk]
+def _evaluate(student: Layer, problem: Problem, weight_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``_WeightedSum``, without gradients."""
+    loss_T, details_TP = _empty_outcome(problem, weight_T)
+    for rows, logits_CV, targets in problem.chunks(student):
+        loss_T[rows], stats_CK = problem.comparison.measure(logits_CV, targets)
+        details_TP[rows] = problem.comparison.details(stats_CK, targets)
+    return (loss_T * weight_T).sum(), loss_T, details_TP
 
 
-def label_chunks(labels_T: Tensor, tokens_per_chunk: int) -> Iterator[Tensor]:
-    """The labels of each chunk."""
-    return (labels_T[rows] for rows in row_slices(labels_T.shape[0], tokens_per_chunk))
+def _empty_outcome(problem: Problem, weight_T: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight_T), weight_T.new_empty(len(weight_T), len(problem.comparison.detail_names))

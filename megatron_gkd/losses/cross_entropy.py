@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_gkd.losses.comparison import measure_then_gradient_
+from megatron_gkd.losses.comparison import Comparison, Rounds
 from megatron_gkd.losses.elementwise import exp_
 from megatron_gkd.losses.softmax import (
-    Group,
     SoftmaxStats,
-    gather_rows,
     local_max,
     numbers_per_row,
     row_pieces,
@@ -23,15 +21,13 @@ from megatron_gkd.losses.softmax import (
 
 
 @dataclass(frozen=True)
-class LabelComparison:
-    """-log q(label) with one all-gather of three numbers per token; the entries are those of ``Comparison``.
+class LabelComparison(Comparison):
+    """-log q(label) with one all-gather of three numbers per token; the temperature is 1.
 
     ``labels_T`` counts from this rank's first column; a label that no rank owns has loss +inf.
     """
 
-    group: Group
-
-    def measure(self, student_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+    def rounds(self, student_TV: Tensor, labels_T: Tensor) -> Rounds:
         """Loss = log S - (x_label - M); stats = M, S."""
         packed_T3 = numbers_per_row(student_TV, 3)
         for rows in row_pieces(student_TV):
@@ -39,9 +35,13 @@ class LabelComparison:
             sumexp_T = exp_(shifted(student_TV[rows], max_T.unsqueeze(-1))).sum(-1)
             packed_T3[rows, 0], packed_T3[rows, 1] = max_T, sumexp_T
         packed_T3[:, 2] = self._label_logits(student_TV, labels_T)
-        max_RT, sumexp_RT, label_RT = gather_rows(packed_T3, self.group).unbind(-1)
+        max_RT, sumexp_RT, label_RT = (yield packed_T3).unbind(-1)
         stats = SoftmaxStats.merged(max_RT, sumexp_RT)
         return stats.sumexp_T.log() - (label_RT.amax(0) - stats.max_T), torch.stack(stats, -1)
+
+    def num_stats(self, labels_T: Tensor) -> int:
+        """The normalizer."""
+        return 2
 
     def gradient(self, student_TV: Tensor, labels_T: Tensor, stats_TK: Tensor, upstream_T: Tensor) -> Tensor:
         """Upstream * (q - one_hot(label))."""
@@ -53,10 +53,6 @@ class LabelComparison:
                 -1, column_T.unsqueeze(-1), -torch.where(is_owned_T, upstream_T, 0.0).unsqueeze(-1)
             )
         return grad_TV
-
-    def differentiate_(self, student_TV: Tensor, labels_T: Tensor, upstream_T: Tensor) -> Tensor:
-        """loss_T; ``student_TV`` (float32 or float64) is overwritten with its gradient."""
-        return measure_then_gradient_(self, student_TV, labels_T, upstream_T)
 
     def _label_logits(self, student_TV: Tensor, labels_T: Tensor) -> Tensor:
         """[T] logit of the label on its owner, -inf elsewhere."""

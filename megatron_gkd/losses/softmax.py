@@ -66,6 +66,11 @@ def split_over(group: Group) -> Group:
     return None if group is None or group.size() == 1 else group
 
 
+def first_id(num_columns: int, group: Group) -> int:
+    """Vocabulary id of this rank's first column; shards are of equal size."""
+    return 0 if group is None else group.rank() * num_columns
+
+
 def num_real_columns(num_columns: int, group: Group, valid_vocab_size: int | None) -> int:
     """Leading columns of this rank's shard that are real vocabulary entries; 0 if it holds padding only.
 

@@ -6,12 +6,35 @@ Not covered here: whether the results are right (test_split_vocabulary_loss.py).
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.losses import DIVERGENCES, distill_loss, linear_cross_entropy, linear_distill_loss
+from megatron_gkd.losses import (
+    DIVERGENCES,
+    distill_loss,
+    linear_cross_entropy,
+    linear_distill_loss,
+    top_k_distill_loss,
+)
 from tests.support.counting import counted
 from tests.support.loss_cases import make_labels, make_linear_inputs
 
-COLLECTIVES = {"forward_kl": [5], "reverse_kl": [5], "jsd": [4, 2], "cross_entropy": [3]}
+COLLECTIVES = {
+    "forward_kl": [5],
+    "reverse_kl": [5],
+    "mixed_kl": [6],
+    "jsd": [4, 2],
+    "skew_forward_kl": [4, 2],
+    "skew_reverse_kl": [4, 2],
+    "tvd": [4, 2],
+    "adaptive_kl": [10, 64, 64, 64, 2],
+    "cross_entropy": [3],
+}
 """Numbers per token of each collective of a block."""
+TOP_K = 5
+SUPPORT_COLLECTIVES = {
+    "teacher_top_k": [2 * TOP_K, TOP_K + 2, TOP_K + 2],
+    "union": [4 * TOP_K, 2 * TOP_K + 2, 2 * TOP_K + 2],
+    "sampled": [2 * TOP_K + 4 + 3, 1, 3, TOP_K + 3 + 2, TOP_K + 3 + 2],
+    "token": [3, 3],
+}
 
 
 def check_cost(rank, world_size):
@@ -48,3 +71,63 @@ def check_cost(rank, world_size):
 
 def test_collectives_bytes_and_allocations_per_block(run_on_ranks):
     run_on_ranks(2, check_cost)
+
+
+def check_cost_of_entries(rank, world_size):
+    tokens, columns = 48, 512
+    logits = torch.zeros(tokens, columns, requires_grad=True)
+    ids = torch.arange(TOP_K).repeat(tokens, 1)
+    log_probs = torch.full(ids.shape, -3.0)
+    for tail in ("bucket", "renormalize", "none"):
+        with counted() as counts:
+            loss = top_k_distill_loss(
+                logits, ids, log_probs, divergence="jsd", tail=tail, group=dist.group.WORLD
+            )
+            loss.sum().backward()
+        assert counts.collectives == [("_allgather_base_", 4 * (TOP_K + 2) * tokens)], tail
+    for support, numbers in SUPPORT_COLLECTIVES.items():
+        with counted() as counts:
+            distill_loss(
+                logits,
+                torch.ones(tokens, columns),
+                labels_T=torch.zeros(tokens, dtype=torch.int64),
+                divergence="reverse_kl",
+                support=support,
+                top_k=TOP_K,
+                num_draws=3,
+                group=dist.group.WORLD,
+            ).sum().backward()
+        assert counts.collectives == [("_allgather_base_", 4 * n * tokens) for n in numbers], support
+
+
+def test_collectives_of_a_divergence_on_some_entries(run_on_ranks):
+    run_on_ranks(2, check_cost_of_entries)
+
+
+def check_cost_of_a_mix(rank, world_size):
+    tokens, columns, hidden = 48, 512, 8
+    inputs = make_linear_inputs(tokens, columns * world_size, hidden, hidden)
+    head, teacher_head = (x.chunk(world_size)[rank].float() for x in (inputs[1], inputs[3]))
+    student = inputs.student_TH.float().requires_grad_()
+    for name, numbers in {"forward_kl": [5 + 3], "jsd": [4 + 3, 2]}.items():
+        with counted() as counts:
+            total, _ = linear_distill_loss(
+                student,
+                head.requires_grad_(),
+                inputs.teacher_TH.float(),
+                teacher_head,
+                labels_T=make_labels(tokens, columns * world_size),
+                sft_weight=0.5,
+                divergence=name,
+                group=dist.group.WORLD,
+                token_weight_T=torch.ones(tokens),
+                tokens_per_chunk=16,
+            )
+            total.backward()
+        assert counts.collectives == [("_allgather_base_", 4 * n * 16) for n in numbers] * 3
+        assert counts.products == 3 * (2 + 2)  # per chunk: two of logits, two of gradients
+        assert counts.largest_allocation == 16 * columns
+
+
+def test_the_mix_with_cross_entropy_adds_no_collective_and_no_product(run_on_ranks):
+    run_on_ranks(2, check_cost_of_a_mix)

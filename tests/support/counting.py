@@ -16,6 +16,7 @@ class Counts:
     )  # (name, bytes that this rank contributes)
     largest_allocation: int = 0  # elements of the largest storage that an operation returned and no input had
     total_allocated: int = 0  # elements
+    products: int = 0  # of two matrices
 
 
 class counted(TorchDispatchMode):
@@ -36,6 +37,7 @@ class counted(TorchDispatchMode):
             sent = min((tensor.nbytes for tensor in inputs), default=0)
             self.counts.collectives.append((func.overloadpacket.__name__, sent))
             return func(*args, **kwargs)
+        self.counts.products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
         known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):

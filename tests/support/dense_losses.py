@@ -14,14 +14,26 @@ def dense_divergence(
     teacher_TV: Tensor,
     name: str,
     *,
-    beta: float = 0.5,
-    alpha: float = 0.1,
-    weight: float = 0.5,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    temperature_squared: bool = False,
+    max_token_loss: float | None = None,
+    **parameters: float,
 ) -> Tensor:
     """[T] divergence in nats; logits must be float64."""
     assert student_TV.dtype == teacher_TV.dtype == torch.float64
-    q, p = (student_TV / temperature).softmax(-1), (teacher_TV / temperature).softmax(-1)
+    q = (student_TV / temperature).softmax(-1)
+    p = (teacher_TV / (teacher_temperature or temperature)).softmax(-1)
+    loss_T = dense_formula(p, q, name, **parameters)
+    if max_token_loss is not None:
+        loss_T = loss_T.clamp(max=max_token_loss)
+    return loss_T * temperature**2 if temperature_squared else loss_T
+
+
+def dense_formula(
+    p: Tensor, q: Tensor, name: str, *, beta: float = 0.5, alpha: float = 0.1, weight: float = 0.5
+) -> Tensor:
+    """[T] divergence of probabilities."""
     if name == "forward_kl" or (name == "jsd" and beta == 0):
         return _kl(p, q)
     if name == "reverse_kl" or (name == "jsd" and beta == 1):
@@ -31,9 +43,64 @@ def dense_divergence(
         return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
     if name == "skew_forward_kl":
         return _kl(p, alpha * p + (1 - alpha) * q)
+    if name == "skew_reverse_kl":
+        return _kl(q, (1 - alpha) * p + alpha * q)
     if name == "mixed_kl":
         return weight * _kl(p, q) + (1 - weight) * _kl(q, p)
+    if name == "tvd":
+        return (p - q).abs().sum(-1) / 2
+    if name == "adaptive_kl":
+        share = _head_share_of_gap(p.detach(), q.detach())
+        return share * _kl(p, q) + (1 - share) * _kl(q, p)
     raise ValueError(f"no dense reference for {name!r}")
+
+
+def _head_share_of_gap(p: Tensor, q: Tensor) -> Tensor:
+    """[T] part of sum |p - q| on the smallest set of likely teacher entries that holds half of the mass."""
+    ordered = p.sort(-1, descending=True).values
+    last = (ordered.cumsum(-1) < 0.5).sum(-1, keepdim=True)
+    is_head = p >= ordered.gather(-1, last)
+    gap = (p - q).abs()
+    total = gap.sum(-1)
+    return torch.where(total == 0, 0.5, (gap * is_head).sum(-1) / total)
+
+
+def dense_top_k(
+    student_TV: Tensor,
+    known_TV: Tensor,
+    teacher_TV: Tensor,
+    name: str,
+    tail: str,
+    *,
+    temperature: float = 1.0,
+    **parameters: float,
+) -> Tensor:
+    """[T] divergence where only the entries under the mask ``known_TV`` are known; ``teacher_TV``: probabilities."""
+    rows = zip(student_TV / temperature, known_TV, teacher_TV, strict=True)
+    return torch.stack([_known_row(*row, name, tail, parameters) for row in rows])
+
+
+def _known_row(x_V: Tensor, known_V: Tensor, p_V: Tensor, name: str, tail: str, parameters: dict) -> Tensor:
+    q_V, p_K = x_V.softmax(-1), p_V[known_V]
+    q_K = q_V[known_V]
+    if tail == "none":
+        return dense_formula(p_K, q_K, name, **parameters)
+    if tail == "renormalize":
+        return dense_formula(p_K / p_K.sum(), x_V[known_V].softmax(-1), name, **parameters)
+    if known_V.all():
+        return dense_formula(p_K, q_K, name, **parameters)
+    rest_q = q_V[~known_V].sum(-1, keepdim=True)
+    p_B, q_B = torch.cat([p_K, 1 - p_K.sum(-1, keepdim=True)]), torch.cat([q_K, rest_q])
+    return dense_formula(p_B, q_B, name, **parameters)
+
+
+def dense_known(ids_TK: Tensor, log_probs_TK: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """([T, V] True at the ids, float64 probabilities there and 0 elsewhere); negative ids are none."""
+    columns = ids_TK.where(ids_TK >= 0, vocab)
+    probabilities = torch.zeros(len(ids_TK), vocab + 1, dtype=torch.float64)
+    probabilities.scatter_(1, columns, log_probs_TK.double().exp())
+    mask = torch.zeros(probabilities.shape, dtype=torch.bool).scatter_(1, columns, True)
+    return mask[:, :-1], probabilities[:, :-1]
 
 
 def dense_linear(

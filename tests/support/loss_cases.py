@@ -6,6 +6,7 @@ then measured against float64 is the loss's own arithmetic, not the rounding of 
 Shapes: T = tokens, V = the whole vocabulary, H = hidden size.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,43 @@ DIVERGENCE_CASES = (
     ("jsd", {"beta": 1.0}),
     ("forward_kl", {"temperature": 2.0}),
     ("reverse_kl", {"temperature": 0.7}),
+    ("skew_forward_kl", {"alpha": 0.1}),
+    ("skew_forward_kl", {"alpha": 0.7, "temperature": 2.0}),
+    ("skew_forward_kl", {"alpha": 0.0}),
+    ("skew_reverse_kl", {"alpha": 0.1}),
+    ("skew_reverse_kl", {"alpha": 0.7, "temperature": 2.0}),
+    ("skew_reverse_kl", {"alpha": 0.0}),
+    ("mixed_kl", {"weight": 0.3}),
+    ("mixed_kl", {"weight": 1.0}),
+    ("adaptive_kl", {}),
+    ("adaptive_kl", {"temperature": 2.0}),
+    ("tvd", {}),
+    ("forward_kl", {"temperature": 2.0, "teacher_temperature": 1.5, "temperature_squared": True}),
+    ("jsd", {"temperature": 0.8, "teacher_temperature": 1.5}),
+    ("reverse_kl", {"max_token_loss": 0.7}),
+    ("jsd", {"temperature": 2.0, "temperature_squared": True, "max_token_loss": 0.0578}),
 )
-CASE_NAMES = [
-    " ".join([name, *(f"{key}={value}" for key, value in how.items())]) for name, how in DIVERGENCE_CASES
-]
+"""One row for each divergence at least, and for each way of applying it."""
+
+SMOOTH_CASES = tuple((name, how) for name, how in DIVERGENCE_CASES if name not in ("adaptive_kl", "tvd"))
+"""Cases for gradcheck: adaptive_kl holds its weights constant, tvd has kinks."""
+
+
+def case_names(cases: Sequence[tuple[str, dict]]) -> list[str]:
+    """An id for each case."""
+    return [" ".join([name, *(f"{key}={value}" for key, value in how.items())]) for name, how in cases]
+
+
+CASE_NAMES = case_names(DIVERGENCE_CASES)
+
+
+TOP_K_CASES = tuple(
+    (name, how, tail)
+    for name, how in DIVERGENCE_CASES
+    if name != "adaptive_kl" and set(how) <= {"beta", "alpha", "weight", "temperature"}
+    for tail in ("bucket", "renormalize", "none")
+)
+"""Divergences that are known on a few entries, by what becomes of the others."""
 
 
 class LinearInputs(NamedTuple):
@@ -60,6 +94,16 @@ def make_linear_inputs(
     student_TH = teacher_TH[:, :hidden] + on_grid((tokens, hidden), 0.3, 2**-4)
     student_head_VH = teacher_head_VH[:, :hidden] + on_grid((vocab, hidden), 0.1, 2**-5)
     return LinearInputs(student_TH, student_head_VH, teacher_TH, teacher_head_VH)
+
+
+def make_known_entries(
+    teacher_TV: Tensor, most: int = 20, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """([T, K] ids, log-probabilities in ``dtype``) of the most probable entries; the rows know 1 to ``most`` of them."""
+    ids_TK = teacher_TV.topk(most, -1).indices
+    num_known_T1 = (torch.arange(len(ids_TK)) % most + 1).unsqueeze(-1)
+    log_probs_TK = teacher_TV.log_softmax(-1).gather(1, ids_TK)
+    return ids_TK.where(torch.arange(most) < num_known_T1, -1), log_probs_TK.to(dtype)
 
 
 def make_labels(tokens: int, vocab: int, seed: int = 0) -> Tensor:
