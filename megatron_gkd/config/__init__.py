@@ -4,6 +4,7 @@ from megatron_gkd.config.data import DataConfig, EvaluationConfig
 from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.load import load_config
+from megatron_gkd.config.loss import LossConfig
 from megatron_gkd.config.optim import OptimConfig
 from megatron_gkd.config.rollout import MegatronRolloutConfig, RolloutConfig, SglangRolloutConfig
 from megatron_gkd.config.runtime import RuntimeConfig
@@ -12,7 +13,8 @@ from megatron_gkd.config.schema import (
     GkdConfig,
     GkdSection,
     LoggingConfig,
-    LossConfig,
+    MegatronTeacherConfig,
+    NoTeacherConfig,
     ParallelConfig,
     StudentConfig,
     TeacherConfig,
@@ -30,6 +32,8 @@ __all__ = [
     "LoggingConfig",
     "LossConfig",
     "MegatronRolloutConfig",
+    "MegatronTeacherConfig",
+    "NoTeacherConfig",
     "OptimConfig",
     "ParallelConfig",
     "RolloutConfig",

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 
@@ -34,6 +34,16 @@ def sections_of(field: FieldInfo) -> dict[str, type[Config]]:
     if len(sections) == 1:
         return {"": sections[0]}
     return {section.model_fields["kind"].default: section for section in sections}
+
+
+def kind_discriminator(default: str) -> Discriminator:
+    """Chooses the alternative of a section by its key ``kind``; ``default`` if it has none."""
+
+    def kind_of(value: Any) -> str | None:
+        kind = value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", None)
+        return kind if isinstance(kind, str) else None
+
+    return Discriminator(kind_of)
 
 
 def _types_of(annotation: Any) -> Iterator[type]:

@@ -1,11 +1,11 @@
 """The rollout section: one kind per engine, with the sampling keys in common."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Field, Tag, field_validator, model_validator
 
-from megatron_gkd.config.base import Config
+from megatron_gkd.config.base import Config, kind_discriminator
 
 
 class BaseRolloutConfig(Config):
@@ -96,12 +96,7 @@ class SglangRolloutConfig(BaseRolloutConfig):
         return self
 
 
-def _rollout_kind(value: Any) -> str | None:
-    kind = value.get("kind", "sglang") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if isinstance(kind, str) else None
-
-
 RolloutConfig = Annotated[
     Annotated[SglangRolloutConfig, Tag("sglang")] | Annotated[MegatronRolloutConfig, Tag("megatron")],
-    Discriminator(_rollout_kind),
+    kind_discriminator("sglang"),
 ]

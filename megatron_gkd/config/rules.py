@@ -27,9 +27,11 @@ def find_file_problems(config: "GkdConfig") -> list[str]:
         *_batch_problems(config),
         *_embedded_engine_problems(config),
         *_data_problems(config.data, config.evaluation),
+        *_loss_problems(config),
+        *_estimator_problems(config),
     ]
     shapes: dict[str, HfShapes] = {}
-    for name, model in (("student", config.student), ("teacher", config.teacher)):
+    for name, model in config.models.items():
         try:
             shapes[name] = _load_shapes(name, model)
         except ConfigError as error:
@@ -39,7 +41,7 @@ def find_file_problems(config: "GkdConfig") -> list[str]:
         problems += _layout_problems(name, model, shapes[name])
         problems += _length_problems(config, name, shapes[name])
     if len(shapes) == 2:
-        problems += _vocabulary_problems(config, shapes["student"], shapes["teacher"])
+        problems += _vocabulary_problems(config.models, shapes)
     if "student" in shapes:
         problems += _server_problems(config, shapes["student"])
         problems += _output_problems(config, shapes["student"])
@@ -50,7 +52,7 @@ def find_world_problems(config: "GkdConfig", world_size: int) -> list[str]:
     """Problems of spreading the models and the batch over ``world_size`` ranks."""
     problems = []
     batch = config.train.global_batch_size
-    for name, model in (("student", config.student), ("teacher", config.teacher)):
+    for name, model in config.models.items():
         tp, pp = model.parallel.tensor_model_parallel_size, model.parallel.pipeline_model_parallel_size
         copies, rest = divmod(world_size, model.parallel.ranks_per_copy)
         if rest or not copies:
@@ -177,11 +179,12 @@ def _length_problems(config: "GkdConfig", name: str, shapes: HfShapes) -> Iterat
         )
 
 
-def _vocabulary_problems(config: "GkdConfig", student: HfShapes, teacher: HfShapes) -> Iterator[str]:
-    if student.vocab_size != teacher.vocab_size:
+def _vocabulary_problems(models: dict[str, "ModelConfig"], shapes: dict[str, HfShapes]) -> Iterator[str]:
+    student, teacher = shapes["student"].vocab_size, shapes["teacher"].vocab_size
+    if student != teacher:
         yield (
-            f"the student ({config.student.hf_folder}) has vocab_size={student.vocab_size} and the teacher "
-            f"({config.teacher.hf_folder}) vocab_size={teacher.vocab_size}; both must use the same "
+            f"the student ({models['student'].hf_folder}) has vocab_size={student} and the teacher "
+            f"({models['teacher'].hf_folder}) vocab_size={teacher}; both must use the same "
             "vocabulary, take models of one family"
         )
 
@@ -191,6 +194,27 @@ def _embedded_engine_problems(config: "GkdConfig") -> Iterator[str]:
         yield (
             "rollout.kind=megatron generates one token at a time, which student.parallel.sequence_parallel=true cannot split; "
             "set it to false or use rollout.kind=sglang"
+        )
+
+
+def _loss_problems(config: "GkdConfig") -> Iterator[str]:
+    kind, sft_weight = config.teacher.kind, config.loss.sft_weight
+    if kind == "none" and sft_weight != 1:
+        yield (
+            f"loss.sft_weight={sft_weight} leaves a share to a divergence, but teacher.kind=none; set loss.sft_weight=1 or "
+            "give a teacher"
+        )
+    if kind != "none" and sft_weight == 1:
+        yield (
+            f"loss.sft_weight=1.0 leaves nothing for teacher.kind={kind}; set teacher.kind=none or lower loss.sft_weight"
+        )
+
+
+def _estimator_problems(config: "GkdConfig") -> Iterator[str]:
+    if config.loss.support == "token" and config.gkd.lmbda < 1:
+        yield (
+            f"loss.support=token estimates from tokens that the student wrote, but gkd.lmbda={config.gkd.lmbda} takes some "
+            "from data; set gkd.lmbda=1"
         )
 
 

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from megatron_gkd.checkpoint.weights import WeightSource, load_head, load_weights
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
-from megatron_gkd.config.schema import ModelConfig, StudentConfig
+from megatron_gkd.config.schema import MegatronTeacherConfig, ModelConfig, NoTeacherConfig, StudentConfig
 from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.models.families.patterns import frozen_tensors, summarise, undecayed_tensors
 from megatron_gkd.models.gpt import HiddenTap, build_gpt, keep_graph_in_recompute
@@ -28,6 +28,7 @@ from megatron_gkd.parallel.groups import ModelGroups, init_student_groups, make_
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import Kernels
 from megatron_gkd.reshard.layout import WeightLayout, hf_tensors, parameters_made_of
+from megatron_gkd.teacher.engine import NoTeacher, TeacherEngine
 from megatron_gkd.teacher.megatron import MegatronTeacher
 
 log = logging.getLogger(__name__)
@@ -170,9 +171,28 @@ def _parameters_of(
 
 def build_teacher(
     config: GkdConfig, world: World, student: Student, pad_id: int
+) -> tuple[TeacherEngine, Tensor | None]:
+    """The teacher, and the shard of its head that the loss needs (``None`` where it needs none). Collective."""
+    if isinstance(config.teacher, NoTeacherConfig):
+        _warn_of_own_samples(config)
+        return NoTeacher(), None
+    return _build_megatron_teacher(config, config.teacher, world, student, pad_id)
+
+
+def _warn_of_own_samples(config: GkdConfig) -> None:
+    if config.gkd.lmbda > 0:
+        log.warning(
+            "gkd.lmbda=%g: the cross-entropy also pulls the student towards what it writes itself; set gkd.lmbda=0 to learn "
+            "from the data alone",
+            config.gkd.lmbda,
+        )
+
+
+def _build_megatron_teacher(
+    config: GkdConfig, section: MegatronTeacherConfig, world: World, student: Student, pad_id: int
 ) -> tuple[MegatronTeacher, Tensor | None]:
-    """The headless teacher, and the shard of its head on the student's last stage (``None`` elsewhere). Collective."""
-    section, source = config.teacher, weight_source(config.teacher)
+    """The headless teacher, and the shard of its head on the student's last stage (``None`` elsewhere)."""
+    source = weight_source(section)
     parallel = section.parallel
     groups = make_model_groups(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     shapes = load_hf_shapes(source.hf_folder)
@@ -220,7 +240,7 @@ def make_micro_batches(config: GkdConfig, groups: ModelGroups, batch: Batch, pad
         batch: All samples of the iteration.
         pad_id: Token that fills the sequences up.
     """
-    parallel = (config.student.parallel, config.teacher.parallel)
+    parallel = [model.parallel for model in config.models.values()]
     multiple_of = math.lcm(*(p.tensor_model_parallel_size if p.sequence_parallel else 1 for p in parallel))
     return batch.micro_batches(
         config.train.micro_batch_size,

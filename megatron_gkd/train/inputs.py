@@ -34,7 +34,8 @@ def build_tokenizer(config: GkdConfig) -> Tokenizer:
             f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} ids, but the student ({folder}) only {num_rows} "
             "rows of its vocabulary; set data.tokenizer to the student's own"
         )
-    require_same_vocabulary(tokenizer, load_tokenizer(config.teacher.hf_folder))
+    if "teacher" in config.models:
+        require_same_vocabulary(tokenizer, load_tokenizer(config.models["teacher"].hf_folder))
     return tokenizer
 
 

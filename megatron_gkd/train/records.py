@@ -12,6 +12,7 @@ from megatron_gkd.observability.timers import Timers
 from megatron_gkd.parallel.collectives import reduce_values
 from megatron_gkd.rollout.sync import PushReport
 from megatron_gkd.train.build import World
+from megatron_gkd.train.loss import DETAILS, lost_mass_warning
 from megatron_gkd.train.state import TrainState
 from megatron_gkd.train.step import StepResult
 
@@ -31,7 +32,8 @@ class Records:
 
     def __init__(self, config: GkdConfig, world: World, tokenizer: Tokenizer):
         self._world, self._tokenizer = world, tokenizer
-        self._num_samples = config.logging.num_samples
+        self._num_samples, self._loss = config.logging.num_samples, config.loss
+        self._has_warned_of_lost_mass = False
         self._total = config.train.train_iters
         self.metrics, self.timers = Metrics(), Timers(world.platform.synchronize)
         self._progress = Progress(self._total)
@@ -63,6 +65,7 @@ class Records:
         """Reduce the metrics over ranks, write them, and log the progress line. Collective."""
         _add_batch(self.metrics, batch, state)
         _add_step(self.metrics, batch, result, state, lr)
+        self._warn_of_lost_mass(result)
         if push is not None:
             self.metrics.add("push/bytes", push.num_bytes, unit="bytes", reduce="rank0")
             self.metrics.add("push/probe_difference", push.max_difference, unit="nats", reduce="rank0")
@@ -91,6 +94,13 @@ class Records:
         for writer in (self._writer, self._samples):
             if writer is not None:
                 writer.close()
+
+    def _warn_of_lost_mass(self, result: StepResult) -> None:
+        """Once in a run; the metric goes on."""
+        message = lost_mass_warning(result.details, self._loss)
+        if message and self._world.is_leader and not self._has_warned_of_lost_mass:
+            log.warning("%s", message)
+            self._has_warned_of_lost_mass = True
 
     def _write_samples(self, iteration: int, batch: Batch) -> None:
         assert self._samples is not None
@@ -134,6 +144,8 @@ def _add_step(metrics: Metrics, batch: Batch, result: StepResult, state: TrainSt
     if num_off_policy:
         value = result.off_policy_loss_sum / num_off_policy
         metrics.add("loss/off_policy", value, unit="nats/token", reduce="sum")
+    for name, value in result.details.items():
+        metrics.add(f"loss/{name}", value, unit=DETAILS[name], reduce="rank0")
     metrics.add("grad_norm", result.grad_norm, unit="1", reduce="rank0")
     metrics.add("lr", lr, unit="1", reduce="rank0")
     metrics.add("train/skipped_updates", state.skipped_updates, unit="iterations", reduce="rank0")

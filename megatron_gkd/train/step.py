@@ -6,36 +6,38 @@ entries of this rank.
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_gkd.config.schema import LossConfig
+from megatron_gkd.config.loss import LossConfig
 from megatron_gkd.data.sample import Batch, MicroBatch
-from megatron_gkd.losses import linear_distill_loss
+from megatron_gkd.losses.chunked import Layer
 from megatron_gkd.models.gpt import head_weight, select_rows
 from megatron_gkd.models.pipeline import evaluate_schedule, train_schedule
 from megatron_gkd.optim.optimizer import has_finite_gradients, zero_gradients
-from megatron_gkd.parallel.collectives import any_rank
-from megatron_gkd.teacher.signal import HiddenSignal
+from megatron_gkd.parallel.collectives import any_rank, reduce_values
+from megatron_gkd.teacher.signal import Signal
 from megatron_gkd.train.build import Student
+from megatron_gkd.train.loss import DETAILS, compute_loss
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ScoredMicroBatch:
-    """A micro-batch with the teacher's signal (``None`` off the student's last stage) and its on-policy rows."""
+    """A micro-batch with the teacher's signal (``None`` off the student's last stage, or without a teacher) and its
+    on-policy rows."""
 
     tokens_BS: Tensor
     position_ids_BS: Tensor
     loss_mask_BS: Tensor
     is_on_policy_T: Tensor
-    signal: HiddenSignal | None
+    signal: Signal | None
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,20 @@ class StepResult:
         off_policy_loss_sum: The same for the other tokens.
         grad_norm: Global norm of the gradient before clipping; NaN if the update was skipped.
         is_skipped: The gradients were not finite on some rank, so no rank changed anything.
+        details: Means over all tokens of what the loss tells beside its value, equal on all ranks; names in ``DETAILS``.
     """
 
     on_policy_loss_sum: float
     off_policy_loss_sum: float
     grad_norm: float
     is_skipped: bool
+    details: Mapping[str, float] = field(default_factory=dict)
 
 
 def attach_signals(
-    batch: Batch, micro_batches: Sequence[MicroBatch], signals: Sequence[HiddenSignal]
+    batch: Batch, micro_batches: Sequence[MicroBatch], signals: Sequence[Signal]
 ) -> list[ScoredMicroBatch]:
-    """Pair micro-batches with the teacher's signals; ``signals`` is empty off the student's last stage."""
+    """Pair micro-batches with the teacher's signals; ``signals`` is empty where there are none."""
     scored = []
     for i, micro_batch in enumerate(micro_batches):
         samples = [batch.samples[index] for index in micro_batch.indices]
@@ -87,14 +91,15 @@ def train_step(
     reports = train_schedule(student.ddp, student.model.config, student.groups, scored, loss)
     on_policy, off_policy = _loss_sums(reports, student)
     device = next(student.model.parameters()).device
+    details = _mean_details(reports, student, device)
     is_bad = not (
         has_finite_gradients(student.ddp) and math.isfinite(on_policy) and math.isfinite(off_policy)
     )
     if any_rank(is_bad, device=device):
-        return StepResult(on_policy, off_policy, float("nan"), is_skipped=True)
+        return StepResult(on_policy, off_policy, float("nan"), is_skipped=True, details=details)
     outcome: Any = student.optimizer.step()
     _, grad_norm, _ = outcome
-    return StepResult(on_policy, off_policy, float(grad_norm or 0.0), is_skipped=False)
+    return StepResult(on_policy, off_policy, float(grad_norm or 0.0), is_skipped=False, details=details)
 
 
 def evaluate_step(
@@ -109,10 +114,14 @@ def evaluate_step(
 def _loss_sums(reports: Sequence[dict[str, Tensor]], student: Student) -> tuple[float, float]:
     """(on-policy, off-policy) loss of this rank; 0 off the last stage, and on all but one of its tensor-parallel ranks,
     so that the sum over all ranks is the loss."""
-    if not reports or student.groups.tp_rank != 0:
-        return 0.0, 0.0
-    on_policy, off_policy = torch.stack([report["loss_sums_2"] for report in reports]).sum(0).tolist()
+    on_policy, off_policy = _own_sum(reports, student, "loss_sums_2", 2)
     return on_policy, off_policy
+
+
+def _own_sum(reports: Sequence[dict[str, Tensor]], student: Student, name: str, size: int) -> list[float]:
+    if not reports or student.groups.tp_rank != 0:
+        return [0.0] * size
+    return torch.stack([report[name] for report in reports]).sum(0).tolist()
 
 
 def _distill(
@@ -123,31 +132,48 @@ def _distill(
     teacher_head_VH: Tensor | None,
     config: LossConfig,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    assert micro_batch.signal is not None  # the last stage has the teacher's signal
-    assert teacher_head_VH is not None  # and its shard of the teacher's head
+    mask_BS = micro_batch.loss_mask_BS.to(hidden_BSH.device)
     rows_TH = select_rows(
         hidden_BSH,
-        micro_batch.loss_mask_BS.to(hidden_BSH.device),
+        mask_BS,
         sequence_parallel=student.model.config.sequence_parallel,
         group=student.groups.pg.tp,
     )
+    labels_T = micro_batch.tokens_BS.to(hidden_BSH.device).roll(-1, dims=1)[mask_BS]
     # a micro-batch without rows goes through the same graph, so that collectives match on all ranks
-    result = linear_distill_loss(
-        rows_TH,
-        head_weight(student.model),
-        micro_batch.signal.rows_TH,
+    result, names = compute_loss(
+        Layer(rows_TH, head_weight(student.model)),
+        micro_batch.signal,
         teacher_head_VH,
-        divergence=config.divergence,
-        beta=config.beta,
-        temperature=config.temperature,
+        labels_T,
+        config,
         group=student.groups.pg.tp,
         valid_vocab_size=student.shapes.vocab_size,
-        token_weight_T=torch.ones(rows_TH.shape[0], device=rows_TH.device),
-        tokens_per_chunk=config.tokens_per_chunk,
     )
-    assert isinstance(result, tuple)  # as always with token_weight_T
-    total, loss_T = result
+    loss_T = result.loss_T
     is_on_policy_T = micro_batch.is_on_policy_T.to(loss_T.device)
     sums_2 = torch.stack([(loss_T * is_on_policy_T).sum(), (loss_T * ~is_on_policy_T).sum()])
     num_tokens = torch.tensor(rows_TH.shape[0], dtype=torch.int, device=rows_TH.device)
-    return total, num_tokens, {"loss_sums_2": sums_2.detach()}
+    report = {"loss_sums_2": sums_2.detach(), "detail_sums": _sum_details(result.details_TP, names)}
+    return result.total, num_tokens, report
+
+
+def _sum_details(details_TP: Tensor, names: Sequence[str]) -> Tensor:
+    """[2 * len(DETAILS)] sum over tokens and number of tokens of each entry of ``DETAILS``; 0 for those not told."""
+    sums = details_TP.new_zeros(len(DETAILS), 2)
+    for name, detail_T in zip(names, details_TP.unbind(-1), strict=True):
+        sums[list(DETAILS).index(name)] = torch.stack([detail_T.sum(), torch.ones_like(detail_T).sum()])
+    return sums.flatten()
+
+
+def _mean_details(
+    reports: Sequence[dict[str, Tensor]], student: Student, device: torch.device
+) -> dict[str, float]:
+    """Means over the tokens of all ranks; collective."""
+    own = _own_sum(reports, student, "detail_sums", 2 * len(DETAILS))
+    totals = reduce_values(own, ["sum"] * len(own), device=device)
+    return {
+        name: total / count
+        for name, total, count in zip(DETAILS, totals[::2], totals[1::2], strict=True)
+        if count
+    }

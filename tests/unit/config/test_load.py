@@ -56,7 +56,7 @@ def test_all_problems_are_reported_at_once_with_key_and_hint(config_file):
     assert message.startswith("9 problems in ")
     for part in (
         "optim.lr: should be greater than 0 (got -1)",
-        "loss.divergence: should be 'forward_kl', 'reverse_kl' or 'jsd'; did you mean 'forward_kl'? (got 'foward_kl')",
+        "or 'tvd'; did you mean 'forward_kl'? (got 'foward_kl')",
         "loss.beta: true and false are not accepted here (got True)",
         "paralel: unknown key; did you mean 'student.parallel' or 'teacher.parallel'?",
         "lr: unknown key; did you mean 'optim.lr'?",

@@ -41,12 +41,31 @@ from tests.unit.config.conftest import write_hf_config
             ],
             "rollout.kind=megatron",
         ),
+        (
+            ["teacher={kind: none}"],
+            r"loss.sft_weight=0.0 leaves a share .* set loss.sft_weight=1 or give a teacher",
+        ),
+        (["loss.sft_weight=1"], "nothing for teacher.kind=megatron; set teacher.kind=none"),
+        (
+            ["loss={support: token, divergence: reverse_kl}"],
+            r"loss.support=token .* but gkd.lmbda=0.5 .* set gkd.lmbda=1",
+        ),
+        (["loss.support=token"], "support=token estimates reverse_kl, but divergence=forward_kl"),
+        (["loss={support: union, divergence: adaptive_kl}"], "but support=union; set support=full"),
         (["rollout.tensor_model_parallel_size=3"], "does not divide the student's 4 attention heads"),
     ],
 )
 def test_a_broken_rule_is_named_with_its_numbers(config_file, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(config_file, overrides)
+
+
+def test_without_a_teacher_no_key_of_one_is_needed_or_known(config_file):
+    config = load_config(config_file, ["teacher={kind: none}", "loss.sft_weight=1"])
+    assert list(config.models) == ["student"]
+    config.check_world(4)
+    with pytest.raises(ConfigError, match=r"teacher\.hf: unknown key for kind none"):
+        load_config(config_file, ["teacher={kind: none, hf: x}", "loss.sft_weight=1"])
 
 
 def test_rules_are_reported_together(config_file):

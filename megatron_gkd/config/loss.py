@@ -1,0 +1,78 @@
+"""The loss section."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from megatron_gkd.config.base import Config
+
+Divergence = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "mixed_kl",
+    "adaptive_kl",
+    "tvd",
+]
+
+
+class LossConfig(Config):
+    """Which divergence pulls the student towards the teacher, and on which entries of the vocabulary."""
+
+    divergence: Divergence = "forward_kl"
+    """forward_kl covers all modes of the teacher, reverse_kl seeks one, jsd, the skewed, mixed and adaptive forms lie
+    between, tvd is the total variation; formulas in docs/losses.md."""
+    beta: float = Field(default=0.5, ge=0, le=1)
+    """Weight of the teacher in the mixture of jsd; 0 is exactly forward_kl and 1 exactly reverse_kl."""
+    alpha: float = Field(default=0.1, ge=0, lt=1)
+    """Weight of the first distribution in the mixture of skew_forward_kl and skew_reverse_kl; 0: the plain KL."""
+    weight: float = Field(default=0.5, ge=0, le=1)
+    """Share of forward KL in mixed_kl; the rest is reverse KL."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of the student, and of the teacher unless teacher_temperature is given."""
+    teacher_temperature: float | None = Field(default=None, gt=0)
+    """Divides the logits of the teacher; null: as temperature."""
+    temperature_squared: bool = False
+    """Multiply the divergence by temperature squared, so that its gradient keeps its size."""
+    max_token_loss: float | None = Field(default=None, gt=0)
+    """Largest divergence of one token in nats, before temperature squared; a token beyond it counts as this much and
+    has gradient 0. null: no limit."""
+    support: Literal["full", "teacher_top_k", "student_top_k", "union", "sampled", "token"] = "full"
+    """Entries of the vocabulary that the divergence is computed on: all, the most probable ones of the teacher, of the
+    student or of either, a random sample that estimates all without bias, or the sampled token alone. A teacher that
+    sends its top-k knows teacher_top_k and token only."""
+    top_k: int = Field(default=64, ge=1)
+    """Entries of teacher_top_k and student_top_k, of each model in union, and those that sampled takes exactly."""
+    num_draws: int = Field(default=16, ge=2)
+    """Entries that sampled draws from the rest of the vocabulary."""
+    tail: Literal["bucket", "renormalize", "none"] = "bucket"
+    """What becomes of the entries outside a top-k: one bucket for all of them, distributions over the top-k alone, or
+    nothing."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How support=token estimates reverse_kl from log q - log p of the token; formulas in docs/losses.md."""
+    policy_gradient: bool = False
+    """With support=token, take the estimate as the negative reward of a policy gradient instead of differentiating it."""
+    teacher_logit_scale: float = Field(default=1.0, gt=0)
+    """Multiplies the teacher's logits before anything else (logit_scale of some models)."""
+    teacher_logit_soft_cap: float | None = Field(default=None, gt=0)
+    """Bounds the teacher's logits by cap * tanh(logit / cap) after the scale (final_logit_softcapping of some models);
+    null: no bound."""
+    sft_weight: float = Field(default=0.0, ge=0, le=1)
+    """Share of the cross-entropy of the completion tokens: (1 - sft_weight) * divergence + sft_weight * cross-entropy.
+    1 goes with teacher.kind=none."""
+    tokens_per_chunk: int = Field(default=256, ge=1)
+    """Tokens whose logits exist at the same time; smaller saves memory."""
+
+    @model_validator(mode="after")
+    def _support_fits_divergence(self) -> Self:
+        if self.support == "token" and self.divergence != "reverse_kl":
+            raise ValueError(
+                f"support=token estimates reverse_kl, but divergence={self.divergence}; set divergence=reverse_kl"
+            )
+        if self.support != "full" and self.divergence == "adaptive_kl":
+            raise ValueError(
+                f"divergence=adaptive_kl weighs the whole distribution, but support={self.support}; set support=full"
+            )
+        return self
