@@ -10,7 +10,7 @@ import torch
 
 from megatron_gkd.losses import DIVERGENCES
 from megatron_gkd.losses.divergences import WeightedKL, make_divergence
-from tests.support.dense_losses import dense_formula
+from megatron_gkd.losses.reference import dense_formula
 from tests.support.loss_cases import make_logits
 
 PARAMETERS = {"beta": 0.3, "alpha": 0.1, "weight": 0.4}
