@@ -159,12 +159,13 @@ def _train_or_report(config: GkdConfig, rank: int) -> int:
         return _refuse(str(error), config)
     from megatron_gkd.checkpoint.integrity import CheckpointError
     from megatron_gkd.data.tokenizer import DataError
+    from megatron_gkd.losses.certificate import CertificateError
     from megatron_gkd.train.main import Run
 
     run = Run(config, platform, rank)
     try:
         run.prepare()
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, CertificateError) as error:
         run.close()
         return _refuse(str(error), config)
     except BaseException as error:

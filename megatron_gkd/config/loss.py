@@ -64,6 +64,9 @@ class LossConfig(Config):
     1 goes with teacher.kind=none."""
     tokens_per_chunk: int = Field(default=256, ge=1)
     """Tokens whose logits exist at the same time; smaller saves memory."""
+    certify: bool = True
+    """Compare value and gradients of this loss with float64 on a small problem before training, and refuse to train if
+    they are wrong."""
 
     @model_validator(mode="after")
     def _support_fits_divergence(self) -> Self:

@@ -29,6 +29,8 @@ def find_file_problems(config: "GkdConfig") -> list[str]:
         *_loss_problems(config),
         *_estimator_problems(config),
         *_data_problems(config.data, config.evaluation),
+        *_loss_problems(config),
+        *_estimator_problems(config),
     ]
     shapes: dict[str, HfShapes] = {}
     for name, model in config.models.items():

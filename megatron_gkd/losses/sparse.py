@@ -1,6 +1,7 @@
 """Divergences from a teacher that is known on a few entries of each row only.
 
-A target is ``Joined([ids_TK, log_probs_TK])``, or with weights_TK as a third part. Ids count from this rank's first
+A target is ``Joined([ids_TK, log_probs_TK])``, or with weights_TK as a third part and the logarithm of the teacher's tail
+[T, 1] as a fourth, which else is what the log-probabilities leave. Ids count from this rank's first
 column; an id outside [0, V) belongs to another rank. Rows may know different numbers of entries: an id that no rank owns
 with log-probability -inf takes no part.
 
@@ -90,13 +91,10 @@ class Buckets(Comparison):
     def rounds(self, student_TV: Tensor, target: Joined) -> Rounds:
         """See ``Comparison``; stats = g of the K + 1 buckets, max and sum of exp of the student's tail, sum_k p_k."""
         ids_TK, log_probs_TK = target[:2]
-        packed_TK = numbers_per_row(student_TV, ids_TK.shape[-1] + 2)
-        for rows in row_pieces(student_TV):
-            packed_TK[rows] = self._local_numbers(student_TV[rows], ids_TK[rows])
-        packed_RTK = yield packed_TK
-        tail = SoftmaxStats.merged(packed_RTK[..., -2], packed_RTK[..., -1], self.temperature)
-        log_q_TB = self._log_q(packed_RTK[..., :-2].amax(0), tail)
-        log_p_TB = self._log_p(log_probs_TK, is_tail_empty_T=tail.sumexp_T == 0).to(log_q_TB.dtype)
+        log_q_TB, tail = yield from bucket_round(
+            student_TV, ids_TK, self.temperature, has_tail=not self.renormalize
+        )
+        log_p_TB = self._log_p(target, is_tail_empty_T=tail.sumexp_T == 0).to(log_q_TB.dtype)
         value_TB, r_TB = self.divergence(log_p_TB, log_q_TB)
         poison_T = 0.0 * log_q_TB.amax(-1)  # NaN in a row of NaN, whose entries ``times`` drops
         grad_TB = r_TB - log_q_TB.exp() * r_TB.sum(-1, keepdim=True) + poison_T.unsqueeze(-1)
@@ -132,26 +130,15 @@ class Buckets(Comparison):
         """See ``detail_names``."""
         return stats_TK[:, -1:]
 
-    def _local_numbers(self, student_TV: Tensor, ids_TK: Tensor) -> Tensor:
-        tail_TV = _with_spare_column(student_TV, ids_TK, -torch.inf)[:, :-1]
-        max_T1 = local_max(tail_TV).unsqueeze(-1)
-        sum_T1 = exp_(shifted(tail_TV, max_T1, self.temperature)).sum(-1, keepdim=True)
-        return torch.cat([_gathered(student_TV, ids_TK).to(max_T1.dtype), max_T1, sum_T1], -1)
-
-    def _log_q(self, known_TK: Tensor, tail: SoftmaxStats) -> Tensor:
-        max_T1 = torch.maximum(known_TK.amax(-1), tail.max_T).unsqueeze(-1)
-        tail_T1 = (tail.max_T.unsqueeze(-1) - max_T1) / self.temperature + tail.sumexp_T.log().unsqueeze(-1)
+    def _log_p(self, target: Joined, is_tail_empty_T: Tensor) -> Tensor:
+        known_TK = target[1].double()
         if self.renormalize:
-            tail_T1 = torch.full_like(tail_T1, -torch.inf)
-        return torch.cat([(known_TK - max_T1) / self.temperature, tail_T1], -1).log_softmax(-1)
-
-    def _log_p(self, log_probs_TK: Tensor, is_tail_empty_T: Tensor) -> Tensor:
-        exact_TK = log_probs_TK.double()
-        if self.renormalize:
-            return torch.nn.functional.pad(exact_TK.log_softmax(-1), (0, 1), value=-torch.inf)
-        tail_T = (1 - exact_TK.exp().sum(-1)).clamp_min(MIN_TAIL_MASS).log()
+            return torch.nn.functional.pad(known_TK.log_softmax(-1), (0, 1), value=-torch.inf)
+        if len(target) > 3:
+            return torch.cat([known_TK, target[3]], -1)
+        tail_T = (1 - known_TK.exp().sum(-1)).clamp_min(MIN_TAIL_MASS).log()
         tail_T = torch.where(is_tail_empty_T, -torch.inf, tail_T)
-        return torch.cat([exact_TK, tail_T.unsqueeze(-1)], -1)
+        return torch.cat([known_TK, tail_T.unsqueeze(-1)], -1)
 
 
 @dataclass(frozen=True)
@@ -240,6 +227,30 @@ def log_prob_round(
     stats = SoftmaxStats.merged(packed_RTK[..., -2], packed_RTK[..., -1], temperature)
     log_prob_TK = shifted(packed_RTK[..., :-2].amax(0), stats.max_T.unsqueeze(-1), temperature)
     return log_prob_TK.sub_(stats.sumexp_T.log().unsqueeze(-1)), stats
+
+
+def bucket_round(
+    logits_TV: Tensor, ids_TK: Tensor, temperature: float, *, has_tail: bool = True
+) -> Generator[Tensor, Tensor, tuple[Tensor, SoftmaxStats]]:
+    """([T, K + 1] log-probabilities of the ids and of all other entries together, normalizer of the others).
+
+    With one all-gather of K + 2 numbers per token. Without a tail, the others have probability 0.
+    """
+    packed_TK = numbers_per_row(logits_TV, ids_TK.shape[-1] + 2)
+    for rows in row_pieces(logits_TV):
+        tail_TV = _with_spare_column(logits_TV[rows], ids_TK[rows], -torch.inf)[:, :-1]
+        max_T1 = local_max(tail_TV).unsqueeze(-1)
+        sum_T1 = exp_(shifted(tail_TV, max_T1, temperature)).sum(-1, keepdim=True)
+        known_TK = _gathered(logits_TV[rows], ids_TK[rows]).to(max_T1.dtype)
+        packed_TK[rows] = torch.cat([known_TK, max_T1, sum_T1], -1)
+    packed_RTK = yield packed_TK
+    known_TK = packed_RTK[..., :-2].amax(0)
+    tail = SoftmaxStats.merged(packed_RTK[..., -2], packed_RTK[..., -1], temperature)
+    max_T1 = torch.maximum(known_TK.amax(-1), tail.max_T).unsqueeze(-1)
+    tail_T1 = (tail.max_T.unsqueeze(-1) - max_T1) / temperature + tail.sumexp_T.log().unsqueeze(-1)
+    if not has_tail:
+        tail_T1 = torch.full_like(tail_T1, -torch.inf)
+    return torch.cat([(known_TK - max_T1) / temperature, tail_T1], -1).log_softmax(-1), tail
 
 
 def _gathered(student_TV: Tensor, ids_TK: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from megatron_gkd.losses.dense import (
     merged_normalizers,
 )
 from megatron_gkd.losses.elementwise import exp_
-from megatron_gkd.losses.sparse import Buckets, PartialSum, log_prob_round
+from megatron_gkd.losses.sparse import Buckets, PartialSum, bucket_round, log_prob_round
 
 _COLUMNS_PER_RANK = 1 << 24
 """More than a rank can hold; float32, in which columns travel, is exact up to here."""
@@ -67,10 +67,9 @@ class OnSupport(Comparison):
         """See ``Comparison``; stats = columns, teacher's log-probabilities and weights of the entries, inner stats."""
         rank = 0 if self.group is None else self.group.rank()
         columns_TK, weight_TK = yield from self.chooser.choose(student_TV, target, rank)
-        log_probs_TK, _ = yield from log_prob_round(target[0], columns_TK, self.teacher_temperature)
-        sparse = Joined([columns_TK, log_probs_TK, weight_TK])
-        loss_T, stats_TK = yield from self.inner.rounds(student_TV, sparse)
-        return loss_T, torch.cat([*(part.to(stats_TK.dtype) for part in sparse), stats_TK], -1)
+        sparse = [columns_TK, *(yield from self._ask_teacher(target[0], columns_TK, weight_TK))]
+        loss_T, stats_TK = yield from self.inner.rounds(student_TV, Joined(sparse))
+        return loss_T, torch.cat([*(part.to(stats_TK.dtype) for part in sparse[:3]), stats_TK], -1)
 
     def num_stats(self, target: Joined) -> int:
         """See ``rounds``."""
@@ -90,6 +89,16 @@ class OnSupport(Comparison):
         """Those of the inner comparison."""
         sparse, inner_TK = self._split(stats_TK)
         return self.inner.details(inner_TK, sparse)
+
+    def _ask_teacher(
+        self, teacher_TV: Tensor, columns_TK: Tensor, weight_TK: Tensor
+    ) -> Generator[Tensor, Tensor, list[Tensor]]:
+        """The parts of a sparse target beside the ids; a tail is summed, because 1 - sum_k p_k would cancel."""
+        if isinstance(self.inner, Buckets):
+            log_p_TB, _ = yield from bucket_round(teacher_TV, columns_TK, self.teacher_temperature)
+            return [log_p_TB[:, :-1], weight_TK, log_p_TB[:, -1:]]
+        log_p_TK, _ = yield from log_prob_round(teacher_TV, columns_TK, self.teacher_temperature)
+        return [log_p_TK, weight_TK]
 
     def _split(self, stats_TK: Tensor) -> tuple[Joined, Tensor]:
         num_entries = self.chooser.num_entries

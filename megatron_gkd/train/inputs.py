@@ -34,9 +34,8 @@ def build_tokenizer(config: GkdConfig) -> Tokenizer:
             f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} ids, but the student ({folder}) only {num_rows} "
             "rows of its vocabulary; set data.tokenizer to the student's own"
         )
-    for name, model in config.models.items():
-        if name != "student":
-            require_same_vocabulary(tokenizer, load_tokenizer(model.hf_folder))
+    if "teacher" in config.models:
+        require_same_vocabulary(tokenizer, load_tokenizer(config.models["teacher"].hf_folder))
     return tokenizer
 
 
@@ -77,7 +76,6 @@ def _build_stream(config: GkdConfig, files: list[RowFile], tokenizer: Tokenizer)
     policy = RowPolicy(data.overlong_prompts, data.max_bad_rows, needed_by)
     encoder = _encoder(config, tokenizer, needs_completions=needs_completions)
     if data.streaming:
-        log.info("Prompts: %s, read while training", ", ".join(str(file.path) for file in files))
         return StreamedPrompts(
             files, encoder, policy, seed=seed, shuffle=data.shuffle, block_rows=data.shuffle_rows
         )

@@ -18,6 +18,7 @@ from megatron_gkd.teacher.engine import TeacherEngine
 from megatron_gkd.train.build import Student, World, build_student, build_teacher, make_micro_batches
 from megatron_gkd.train.collect import collect_batch
 from megatron_gkd.train.engines import EngineHost
+from megatron_gkd.train.loss import certify_run
 from megatron_gkd.train.probe import probe_sequences
 from megatron_gkd.train.records import Records
 from megatron_gkd.train.state import TrainState
@@ -204,6 +205,8 @@ def build_trainer(
     on_host(host)
     host.launch()
     student = build_student(config, world)
+    if config.loss.certify:
+        certify_run(config, student.groups, world.device)
     teacher, teacher_head_VH = build_teacher(config, world, student, tokenizer.pad_id)
     store = CheckpointStore(
         config.train.output_dir / "checkpoints",

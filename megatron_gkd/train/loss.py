@@ -3,17 +3,26 @@
 Shapes: T = rows that enter the loss, V = vocabulary entries of this rank, P = details.
 """
 
+import logging
+import time
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.loss import LossConfig
+from megatron_gkd.losses.certificate import Case, CertificateError, certify
 from megatron_gkd.losses.chunked import Layer, WeightedLoss
 from megatron_gkd.losses.linear import Goal, entry_goal, label_goal, logit_goal, weighted_loss
 from megatron_gkd.losses.objective import Objective
 from megatron_gkd.losses.softmax import Group
+from megatron_gkd.parallel.collectives import any_rank
+from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.teacher.signal import Signal, TopKSignal
+from megatron_gkd.train.build import DTYPES
+
+log = logging.getLogger(__name__)
 
 DETAILS = {
     "divergence": "nats/token",
@@ -47,6 +56,37 @@ def make_objective(config: LossConfig) -> Objective:
         estimator=config.estimator,
         policy_gradient=config.policy_gradient,
     )
+
+
+def case_of_run(config: GkdConfig) -> Case:
+    """The loss of a run, to be certified."""
+    loss, kind = config.loss, config.teacher.kind
+    return Case(
+        objective=None if kind == "none" else make_objective(loss),
+        dtype=DTYPES[config.train.precision],
+        tokens_per_chunk=loss.tokens_per_chunk,
+        sft_weight=loss.sft_weight,
+        from_entries=kind not in ("megatron", "none"),
+    )
+
+
+def certify_run(config: GkdConfig, groups: ModelGroups, device: torch.device) -> None:
+    """Compare the loss of the run with float64 on the ranks that are to compute it; collective over all ranks.
+
+    Raises:
+        CertificateError: It is beyond its tolerance on some rank; on all ranks.
+    """
+    start, certificate = time.monotonic(), None
+    if groups.is_last_stage:
+        certificate = certify(case_of_run(config), group=groups.pg.tp, device=device)
+        log.info("Loss certified in %.1f s: %s", time.monotonic() - start, certificate)
+    is_wrong = certificate is not None and not certificate.is_passed
+    if any_rank(is_wrong, device=device):
+        found = str(certificate) if is_wrong else "found by another rank"
+        raise CertificateError(
+            f"the loss is not what its formula says, so nothing is trained: {found}; run tools/verify_loss.py with this "
+            "configuration, or set loss.certify=false to train all the same"
+        )
 
 
 def compute_loss(

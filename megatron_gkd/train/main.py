@@ -47,6 +47,7 @@ class Run:
 
         Raises:
             ConfigError, DataError, CheckpointError: The input cannot be used; nothing was trained or changed.
+            CertificateError: The loss is wrong on this machine.
         """
         self._stop.listen()
         tokenizer = build_tokenizer(self._config)

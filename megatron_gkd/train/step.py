@@ -89,10 +89,9 @@ def train_step(
     zero_gradients(student.ddp, student.optimizer)
     loss = partial(_distill, student=student, teacher_head_VH=teacher_head_VH, config=config)
     reports = train_schedule(student.ddp, student.model.config, student.groups, scored, loss)
-    own_reports = _counted_here(reports, student)
-    on_policy, off_policy = _total([report["loss_sums_2"] for report in own_reports], 2)
+    on_policy, off_policy = _loss_sums(reports, student)
     device = next(student.model.parameters()).device
-    details = _mean_details([report["detail_sums"] for report in own_reports], device)
+    details = _mean_details(reports, student, device)
     is_bad = not (
         has_finite_gradients(student.ddp) and math.isfinite(on_policy) and math.isfinite(off_policy)
     )
@@ -109,12 +108,20 @@ def evaluate_step(
     """This rank's part of the loss of a batch, in nats summed over tokens; no gradient. Collective over all ranks."""
     loss = partial(_distill, student=student, teacher_head_VH=teacher_head_VH, config=config)
     reports = evaluate_schedule(student.model, student.model.config, student.groups, scored, loss)
-    return sum(_total([report["loss_sums_2"] for report in _counted_here(reports, student)], 2))
+    return sum(_loss_sums(reports, student))
 
 
-def _counted_here(reports: Sequence[dict[str, Tensor]], student: Student) -> Sequence[dict[str, Tensor]]:
-    """Reports on one tensor-parallel rank of the last stage, none elsewhere: their sum over all ranks is the batch's."""
-    return reports if student.groups.tp_rank == 0 else []
+def _loss_sums(reports: Sequence[dict[str, Tensor]], student: Student) -> tuple[float, float]:
+    """(on-policy, off-policy) loss of this rank; 0 off the last stage, and on all but one of its tensor-parallel ranks,
+    so that the sum over all ranks is the loss."""
+    on_policy, off_policy = _own_sum(reports, student, "loss_sums_2", 2)
+    return on_policy, off_policy
+
+
+def _own_sum(reports: Sequence[dict[str, Tensor]], student: Student, name: str, size: int) -> list[float]:
+    if not reports or student.groups.tp_rank != 0:
+        return [0.0] * size
+    return torch.stack([report[name] for report in reports]).sum(0).tolist()
 
 
 def _distill(
@@ -159,16 +166,14 @@ def _sum_details(details_TP: Tensor, names: Sequence[str]) -> Tensor:
     return sums.flatten()
 
 
-def _mean_details(sums: Sequence[Tensor], device: torch.device) -> dict[str, float]:
+def _mean_details(
+    reports: Sequence[dict[str, Tensor]], student: Student, device: torch.device
+) -> dict[str, float]:
     """Means over the tokens of all ranks; collective."""
-    totals = _total(sums, 2 * len(DETAILS))
-    totals = reduce_values(totals, ["sum"] * len(totals), device=device)
+    own = _own_sum(reports, student, "detail_sums", 2 * len(DETAILS))
+    totals = reduce_values(own, ["sum"] * len(own), device=device)
     return {
         name: total / count
         for name, total, count in zip(DETAILS, totals[::2], totals[1::2], strict=True)
         if count
     }
-
-
-def _total(parts: Sequence[Tensor], size: int) -> list[float]:
-    return torch.stack(list(parts)).sum(0).tolist() if parts else [0.0] * size

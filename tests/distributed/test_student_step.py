@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_PP2_SP, TP2_SP, Split
@@ -114,6 +115,41 @@ def test_five_updates_are_those_of_a_plain_training_loop(
             assert (got[name].double() - expected[name]).norm() <= 1e-4 * moved, f"{folder.name}: {name}"
 
 
+@pytest.mark.parametrize("split", [TP2, PP2], ids=str)
+@pytest.mark.parametrize("sft_weight", [0.3, 1.0], ids=["mix", "no teacher"])
+def test_cross_entropy_is_mixed_in_or_trains_alone(run_on_ranks, cases, tmp_path, split: Split, sft_weight):
+    from tests.support.reference_training import Recipe, train_reference
+
+    student, teacher = cases[0] / "student", cases[0] / "teacher"
+    recipe = Recipe("jsd", 0.5, 1.0, 2e-3, 1e-4, 2, 5, 0.1, 1.0, sft_weight=sft_weight)
+    outcome = train_reference(student, teacher, _batches(), recipe)
+    sections = {
+        "loss": {"divergence": "jsd", "sft_weight": sft_weight},
+        "optim": {**OPTIM, "clip_grad": 1.0},
+    }
+    job = write_config(tmp_path, student, teacher, split=split, **sections)
+    if sft_weight == 1:
+        tree = yaml.safe_load(job.read_text())
+        job.write_text(yaml.safe_dump({**tree, "teacher": {"kind": "none"}}))
+    run_on_ranks(2, _train, [job])
+    losses, norms = json.loads((job.parent / "curves.json").read_text())
+    assert losses == pytest.approx(outcome.losses, rel=1e-6)
+    assert norms == pytest.approx(outcome.grad_norms, rel=2e-5)
+
+
+@pytest.mark.parametrize("split", [TP2, PP2], ids=str)
+def test_all_entries_of_a_top_k_teacher_train_as_its_hidden_states_do(
+    run_on_ranks, cases, tmp_path, split: Split
+):
+    models = cases[1] / "student", cases[1] / "teacher"
+    jobs = [
+        write_config(tmp_path / support, *models, split=split, loss={**loss, "support": support}, optim=OPTIM)
+        for support in ("full", "teacher_top_k")
+        for loss in [{"divergence": "reverse_kl", "temperature": 1.0}]
+    ]
+    run_on_ranks(2, _train_on_entries, *jobs)
+
+
 @pytest.mark.parametrize(("num_ranks", "split"), [(2, TP2), (2, PP2), (2, DP), (4, TP2_PP2)], ids=str)
 def test_a_student_equal_to_its_teacher_has_loss_zero_and_stays(
     run_on_ranks, cases, tmp_path, num_ranks, split: Split
@@ -130,7 +166,7 @@ def test_a_student_equal_to_its_teacher_has_loss_zero_and_stays(
             loss={"divergence": name},
             **sections,
         )
-        for name in ("forward_kl", "reverse_kl", "jsd")
+        for name in ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "adaptive_kl")
     ]
     run_on_ranks(num_ranks, _train_on_itself, jobs)
 
@@ -194,6 +230,39 @@ def _train(rank: int, world_size: int, config_files: list[Path]) -> None:
             student.model, file.parent / "trained.safetensors", student.shapes, student.groups, student.dtype
         )
         leave()
+
+
+def _train_on_entries(rank: int, world_size: int, full_file: Path, entries_file: Path) -> None:
+    from megatron_gkd.config import load_config
+    from megatron_gkd.teacher.signal import TopKSignal
+    from tests.support.on_ranks import gather_vocabulary
+
+    results = []
+    for file in (full_file, entries_file):
+        config = load_config(file)
+        student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+        if file is entries_file:
+            score = teacher.score
+
+            def score_entries(batch, micro_batches, score=score, head_VH=head_VH, student=student):
+                signals = []
+                for signal in score(batch, micro_batches):
+                    shard_TV = signal.rows_TH @ head_VH.T
+                    logits_TV = gather_vocabulary(shard_TV, student.groups, student.shapes.vocab_size)
+                    log_p_TV, ids_TV = logits_TV.log_softmax(-1).sort(-1, descending=True)
+                    signals.append(TopKSignal(ids_TV, log_p_TV))
+                return signals
+
+            teacher.score = score_entries
+            head_VH = None
+        result, loss = update(student, teacher, head_VH, _batches()[0], 0, config)
+        results.append((loss, result.grad_norm, result.details))
+        leave()
+    (loss, norm, _), (entry_loss, entry_norm, details) = results
+    assert entry_loss == pytest.approx(loss, rel=1e-5)
+    assert entry_norm == pytest.approx(norm, rel=1e-5)
+    assert details["retained_mass"] == pytest.approx(1.0, abs=1e-5)
+    assert details["divergence"] == pytest.approx(loss, rel=1e-4)
 
 
 def _train_on_itself(rank: int, world_size: int, config_files: list[Path]) -> None:

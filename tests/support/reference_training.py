@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.data.sample import Batch
-from tests.support.dense_losses import dense_divergence
+from megatron_gkd.losses.reference import dense_cross_entropy, dense_divergence
 from tests.support.hf_reference import load_hf_model
 
 
@@ -32,6 +32,7 @@ class Recipe(NamedTuple):
     """AdamW if not given."""
     no_weight_decay: tuple[str, ...] = ("*.bias", "*norm.weight")
     freeze: tuple[str, ...] = ()
+    sft_weight: float = 0.0
 
     def lr_at(self, iteration: int) -> float:
         """Linear warm-up, then half a cosine from lr to min_lr, reached one iteration after the last."""
@@ -100,11 +101,10 @@ def _batch_loss(model: Any, judge: Any, batch: Batch, recipe: Recipe) -> Tensor:
         student_TV = model(ids).logits[0, rows]
         with torch.no_grad():
             teacher_TV = judge(ids).logits[0, rows]
-        total = (
-            total
-            + dense_divergence(
-                student_TV, teacher_TV, recipe.divergence, beta=recipe.beta, temperature=recipe.temperature
-            ).sum()
+        divergence_T = dense_divergence(
+            student_TV, teacher_TV, recipe.divergence, beta=recipe.beta, temperature=recipe.temperature
         )
+        cross_entropy_T = dense_cross_entropy(student_TV, torch.tensor(sample.completion_ids))
+        total = total + ((1 - recipe.sft_weight) * divergence_T + recipe.sft_weight * cross_entropy_T).sum()
         num_tokens += len(sample.completion_ids)
     return total / num_tokens

@@ -11,8 +11,8 @@ import torch
 
 from megatron_gkd.losses import DIVERGENCES, distill_loss, softmax
 from megatron_gkd.losses.divergences import Separable
+from megatron_gkd.losses.reference import dense_divergence, relative_error
 from tests.support.counting import counted
-from tests.support.dense_losses import dense_divergence, relative_error
 from tests.support.loss_cases import (
     CASE_NAMES,
     DIVERGENCE_CASES,

@@ -4,13 +4,18 @@ Not covered here: gradients with respect to logits and split vocabularies (test_
 """
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
+from megatron_gkd.config.loss import Divergence, LossConfig
 from megatron_gkd.losses import DIVERGENCES
 from megatron_gkd.losses.divergences import WeightedKL, make_divergence
-from tests.support.dense_losses import dense_formula
+from megatron_gkd.losses.estimators import ESTIMATORS, make_estimator
+from megatron_gkd.losses.objective import SUPPORTS
+from megatron_gkd.losses.reference import dense_formula
+from megatron_gkd.losses.sparse import Tail
 from tests.support.loss_cases import make_logits
 
 PARAMETERS = {"beta": 0.3, "alpha": 0.1, "weight": 0.4}
@@ -101,3 +106,16 @@ def test_a_wrong_name_or_parameter_is_named_with_the_fix(name, message):
 def test_a_weighted_kl_without_a_direction_is_refused():
     with pytest.raises(ValueError, match="at least one direction"):
         WeightedKL(0.0, 0.0)
+
+
+def test_the_configuration_knows_the_same_names():
+    assert get_args(Divergence) == tuple(DIVERGENCES)
+    assert get_args(LossConfig.model_fields["support"].annotation) == SUPPORTS
+    assert get_args(LossConfig.model_fields["tail"].annotation) == get_args(Tail)
+    assert get_args(LossConfig.model_fields["estimator"].annotation) == tuple(ESTIMATORS)
+
+
+@pytest.mark.parametrize("policy_gradient", [False, True])
+def test_an_unknown_estimator_is_named_with_the_fix(policy_gradient):
+    with pytest.raises(ValueError, match=r"unknown estimator 'k4'; loss.estimator is one of k1, k2, k3"):
+        make_estimator("k4", policy_gradient=policy_gradient)

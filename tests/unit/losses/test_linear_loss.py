@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_gkd.losses import DIVERGENCES, linear_cross_entropy, linear_distill_loss, softmax
+from megatron_gkd.losses.reference import dense_cross_entropy, dense_divergence, relative_error
 from tests.support.counting import counted
-from tests.support.dense_losses import dense_cross_entropy, dense_divergence, relative_error
 from tests.support.loss_cases import (
     CASE_NAMES,
     DIVERGENCE_CASES,

@@ -16,7 +16,7 @@ from megatron_gkd.losses import (
     softmax,
     top_k_distill_loss,
 )
-from tests.support.dense_losses import dense_divergence, dense_known, dense_top_k, relative_error
+from megatron_gkd.losses.reference import dense_divergence, dense_known, dense_top_k, relative_error
 from tests.support.loss_cases import (
     TOP_K_CASES,
     make_known_entries,

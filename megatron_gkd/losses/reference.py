@@ -1,6 +1,6 @@
 """Distillation losses over a whole vocabulary in float64, by textbook formulas and plain autograd.
 
-The reference of every loss test; it shares no code with ``megatron_gkd``.
+The reference of the certificate and of every loss test. It shares no code with the losses, and must never do.
 
 Shapes: T = tokens, V = the whole vocabulary, H = hidden size.
 """
@@ -28,6 +28,27 @@ def dense_divergence(
     if max_token_loss is not None:
         loss_T = loss_T.clamp(max=max_token_loss)
     return loss_T * temperature**2 if temperature_squared else loss_T
+
+
+def dense_support(student_TV: Tensor, teacher_TV: Tensor, support: str, top_k: int) -> Tensor:
+    """[T, V] True at the entries of a support that the models' logits choose."""
+    masks = [
+        torch.zeros_like(logits_TV, dtype=torch.bool).scatter_(1, logits_TV.topk(top_k, -1).indices, True)
+        for name, logits_TV in (("student_top_k", student_TV), ("teacher_top_k", teacher_TV))
+        if support in (name, "union")
+    ]
+    return masks[0] | masks[-1]
+
+
+def dense_estimate(
+    student_TV: Tensor, teacher_TV: Tensor, labels_T: Tensor, estimator: str, policy_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """[T] (value of the estimator, what is differentiated) at the sampled token."""
+    rows = torch.arange(len(labels_T))
+    log_q_T, log_p_T = (torch.log(z.softmax(-1)[rows, labels_T]) for z in (student_TV, teacher_TV))
+    u_T = log_q_T - log_p_T
+    value_T = {"k1": u_T, "k2": u_T**2 / 2, "k3": torch.exp(-u_T) - 1 + u_T}[estimator]
+    return value_T, value_T.detach() * log_q_T if policy_gradient else value_T
 
 
 def dense_formula(

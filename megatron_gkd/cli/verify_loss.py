@@ -1,0 +1,192 @@
+"""``tools/verify_loss.py``: value and gradients of the loss against float64, in a given layout, format and chunk."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_gkd.cli.outcome import FAILED, run_tool
+from megatron_gkd.config import load_config
+
+TAILED_SUPPORTS = ("teacher_top_k", "student_top_k", "union")
+TAILS = ("bucket", "renormalize", "none")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if every loss is within its tolerance."""
+    options = _parse(argv)
+    rows: list[dict[str, Any]] = []
+    code = run_tool(lambda: rows.extend(_certify_on_ranks(options)))
+    if code:
+        return code
+    sys.stdout.write(_table(rows))
+    if options.json is not None:
+        options.json.write_text(json.dumps({"rows": rows, "gates": _gates(rows)}, indent=1) + "\n")
+    return 0 if all(row["passed"] for row in rows) else FAILED
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="verify_loss.py",
+        description="Compare value and gradients (of hidden states and of the head) of the loss with a dense float64 "
+        "reference that shares no code with it. Without --config: every divergence on every support.",
+    )
+    parser.add_argument(
+        "--tp", type=int, default=None, help="tensor-parallel ranks; default 1, or those of --config"
+    )
+    parser.add_argument(
+        "--config", type=Path, action="append", help="certify the loss of this run; repeatable"
+    )
+    parser.add_argument("--divergence", nargs="+", metavar="NAME", help="these divergences only")
+    parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--tokens-per-chunk", type=int, nargs="+", default=[16, 64], metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and gates")
+    options = parser.parse_args(argv)
+    if options.tp is not None and options.tp < 1:
+        parser.error(f"--tp {options.tp} is not at least 1")
+    return options
+
+
+def _certify_on_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from megatron_gkd.losses import DIVERGENCES
+
+    tp_size = options.tp
+    if options.config:
+        run = load_config(options.config)
+        tp_size = tp_size or run.student.parallel.tensor_model_parallel_size
+    for name in options.divergence or ():
+        if name not in DIVERGENCES:
+            raise ValueError(f"--divergence {name}: unknown; it is one of {', '.join(DIVERGENCES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("spawn")
+        places = [(rank, tp_size or 1, Path(folder), options) for rank in range(tp_size or 1)]
+        processes = [context.Process(target=_certify_on_rank, args=place) for place in places]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError(f"a rank failed: exit codes {[process.exitcode for process in processes]}")
+        return json.loads((Path(folder) / "rows.json").read_text())
+
+
+def _certify_on_rank(rank: int, tp_size: int, folder: Path, options: argparse.Namespace) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    import torch
+    import torch.distributed as dist
+
+    from megatron_gkd.losses.certificate import certify
+    from megatron_gkd.platform.device import prepare_process
+
+    torch.set_num_threads(1)
+    platform = prepare_process()
+    dist.init_process_group(
+        platform.collective_backend, init_method=f"file://{folder}/ranks", rank=rank, world_size=tp_size
+    )
+    certificates = [certify(case, group=dist.group.WORLD, device=platform.device) for case in _cases(options)]
+    if rank == 0:
+        (folder / "rows.json").write_text(json.dumps([_row(certificate) for certificate in certificates]))
+    dist.destroy_process_group()
+
+
+def _cases(options: argparse.Namespace) -> list[Any]:
+    import torch
+
+    from megatron_gkd.losses.certificate import Case
+
+    if options.config:
+        from megatron_gkd.train.loss import case_of_run
+
+        return [case_of_run(load_config(options.config))]
+    dtypes = [{"fp32": torch.float32, "bf16": torch.bfloat16}[name] for name in options.dtype]
+    return [
+        Case(dtype=dtype, tokens_per_chunk=tokens_per_chunk, **how)
+        for dtype in dtypes
+        for tokens_per_chunk in options.tokens_per_chunk
+        for how in _losses(options.divergence)
+    ]
+
+
+def _losses(names: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Every loss there is, or those of the divergences ``names``."""
+    from megatron_gkd.losses import DIVERGENCES
+    from megatron_gkd.losses.estimators import ESTIMATORS
+    from megatron_gkd.losses.objective import Objective
+
+    losses: list[dict[str, Any]] = []
+    for name in names or DIVERGENCES:
+        losses.append({"objective": Objective(divergence=name)})
+        losses.append({"objective": Objective(divergence=name), "sft_weight": 0.3})
+        if name == "adaptive_kl":
+            continue
+        losses.append({"objective": Objective(divergence=name, support="sampled")})
+        for support in TAILED_SUPPORTS:
+            objectives = [Objective(divergence=name, support=support, tail=tail) for tail in TAILS]
+            losses += [{"objective": objective} for objective in objectives]
+            if support == "teacher_top_k":
+                losses += [{"objective": objective, "from_entries": True} for objective in objectives]
+    if names is None or "reverse_kl" in names:
+        losses += [
+            {
+                "objective": Objective(
+                    divergence="reverse_kl", support="token", estimator=estimator, policy_gradient=is_reward
+                )
+            }
+            for estimator in ESTIMATORS
+            for is_reward in (False, True)
+        ]
+    return losses if names else [*losses, {"objective": None, "sft_weight": 1.0}]
+
+
+def _row(certificate: Any) -> dict[str, Any]:
+    case, (value_bound, gradient_bound) = certificate.case, certificate.bounds
+    return {
+        "loss": str(case),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "tp": certificate.tp_size,
+        "tokens_per_chunk": case.tokens_per_chunk,
+        "value_error": certificate.value_error,
+        "student_error": certificate.student_error,
+        "head_error": certificate.head_error,
+        "value_bound": value_bound,
+        "gradient_bound": gradient_bound,
+        "passed": certificate.is_passed,
+    }
+
+
+def _gates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The worst error of each number format."""
+    gates = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        own = [row for row in rows if row["dtype"] == dtype]
+        gradient = max(max(row["student_error"], row["head_error"]) for row in own)
+        for name, value, bound in (
+            ("value_error", max(row["value_error"] for row in own), own[0]["value_bound"]),
+            ("gradient_error", gradient, own[0]["gradient_bound"]),
+        ):
+            gates.append({"name": f"{name}_{dtype}", "value": value, "bound": bound, "sense": "<="})
+    return gates
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    width = max(len(row["loss"]) for row in rows)
+    lines = [f"{'loss':{width}}  dtype     tp chunk  value    hidden   head"]
+    lines += [
+        f"{row['loss']:{width}}  {row['dtype']:8} {row['tp']:3} {row['tokens_per_chunk']:5}  {row['value_error']:.1e}  "
+        f"{row['student_error']:.1e}  {row['head_error']:.1e}" + ("" if row["passed"] else "  WRONG")
+        for row in rows
+    ]
+    num_wrong = sum(not row["passed"] for row in rows)
+    verdict = (
+        f"{num_wrong} of {len(rows)} losses are WRONG" if num_wrong else f"all {len(rows)} losses are right"
+    )
+    return "\n".join([*lines, verdict]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Every loss against float64 in one process, and the certificate itself.
+
+Not covered here: tensor parallelism and wrong gradients (tests/distributed/test_certificate.py).
+"""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_gkd.cli import verify_loss
+from megatron_gkd.config import load_config
+from megatron_gkd.losses import certificate, reference
+from megatron_gkd.losses.certificate import Case, certify
+from megatron_gkd.losses.objective import Objective
+from megatron_gkd.train.loss import case_of_run
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens_per_chunk", [5, 32])
+def test_every_loss_is_that_of_float64(dtype, tokens_per_chunk):
+    for how in verify_loss._losses(None):
+        result = certify(Case(dtype=dtype, tokens_per_chunk=tokens_per_chunk, **how), group=None, device=CPU)
+        assert result.is_passed, str(result)
+
+
+def test_the_reference_shares_no_code_with_the_losses():
+    tree = ast.parse(Path(reference.__file__).read_text())
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert modules == {"torch"}
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient", "nan"])
+def test_an_error_of_a_thousandth_is_refused(wrong):
+    case = Case(objective=Objective(divergence="jsd"), tokens_per_chunk=16)
+    own = certificate._own_loss(case, None)
+
+    def loss(shard):
+        total, loss_T = own(shard)
+        factor = float("nan") if wrong == "nan" else 1.001
+        return (total, loss_T * factor) if wrong == "value" else (total * factor, loss_T)
+
+    result = certify(case, group=None, device=CPU, loss=loss)
+    assert not result.is_passed
+    assert certify(case, group=None, device=CPU).is_passed
+
+
+def test_the_tool_writes_rows_and_gates(tmp_path, capsys):
+    file = tmp_path / "certificate.json"
+    arguments = ["--divergence", "tvd", "--dtype", "fp32", "--tokens-per-chunk", "16", "--json", str(file)]
+    assert verify_loss.main(arguments) == 0
+    assert "losses are right" in capsys.readouterr().out
+    written = json.loads(file.read_text())
+    assert {row["dtype"] for row in written["rows"]} == {"float32"}
+    assert [(gate["name"], gate["sense"]) for gate in written["gates"]] == [
+        ("value_error_float32", "<="),
+        ("gradient_error_float32", "<="),
+    ]
+    assert all(0 < gate["value"] <= gate["bound"] for gate in written["gates"])
+
+
+def test_the_tool_names_an_unknown_divergence(capsys):
+    assert verify_loss.main(["--divergence", "kl"]) == 2
+    assert "--divergence kl: unknown; it is one of forward_kl" in capsys.readouterr().err
+
+
+def test_a_wrong_loss_gives_exit_code_1_and_is_marked(monkeypatch, capsys):
+    row = {
+        "loss": "jsd",
+        "dtype": "float32",
+        "tp": 1,
+        "tokens_per_chunk": 16,
+        "value_error": 1e-7,
+        "student_error": 0.5,
+        "head_error": 0.5,
+        "value_bound": 1e-6,
+        "gradient_bound": 1e-5,
+        "passed": False,
+    }
+    monkeypatch.setattr(verify_loss, "_certify_on_ranks", lambda options: [row])
+    assert verify_loss.main([]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["loss={divergence: jsd, sft_weight: 0.25}"], "jsd + cross_entropy"),
+        (["loss={divergence: jsd, support: union, tail: none}"], "jsd union none"),
+        (["teacher={kind: none}", "loss.sft_weight=1"], "cross_entropy"),
+    ],
+)
+def test_the_loss_of_a_run_is_what_is_certified(config_file, overrides, name):
+    case = case_of_run(load_config(config_file, overrides))
+    assert str(case) == name
+    assert (case.dtype, case.tokens_per_chunk) == (torch.bfloat16, 256)
+    assert certify(case, group=None, device=CPU).is_passed
