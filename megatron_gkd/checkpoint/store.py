@@ -6,8 +6,10 @@ optimizer and random state are saved by dist_checkpointing, counters and the loa
 
 import json
 import logging
+import math
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,17 @@ from megatron_gkd.checkpoint.integrity import (
     sync_folder,
     write_manifest,
 )
+from megatron_gkd.checkpoint.retention import UNFINISHED, find_best, link_best, remove_superseded
+from megatron_gkd.checkpoint.space import require_space
 from megatron_gkd.checkpoint.weights import HF_FILES, LORA, WEIGHTS, fill_model
+from megatron_gkd.config.resume import STATE_FILE
 from megatron_gkd.models.lora import attached_spec
-from megatron_gkd.optim.optimizer import share_step
+from megatron_gkd.optim.state import load_optimizer_state, sharded_optimizer_state
 from megatron_gkd.parallel.collectives import broadcast_json
 from megatron_gkd.parallel.groups import ModelGroups
 
 log = logging.getLogger(__name__)
 
-STATE = "state.json"
 _RNG = "rng_state"
 
 
@@ -47,35 +51,71 @@ class CheckpointStore:
         groups: The student's layout and groups.
         dtype: Number format of the weights.
         device: The device of this rank.
+        keep_last: Number of newest checkpoints that stay; 0: all.
+        best_metric: Metric whose lowest value marks the best checkpoint, which stays, too.
     """
 
     def __init__(
-        self, folder: Path, *, hf_files: Path, groups: ModelGroups, dtype: torch.dtype, device: torch.device
+        self,
+        folder: Path,
+        *,
+        hf_files: Path,
+        groups: ModelGroups,
+        dtype: torch.dtype,
+        device: torch.device,
+        keep_last: int = 0,
+        best_metric: str | None = None,
     ):
         self._folder, self._hf_files = folder, hf_files
         self._groups, self._dtype, self._device = groups, dtype, device
+        self._keep_last, self._best_metric = keep_last, best_metric
 
     def save(
-        self, iteration: int, model: GPTModel, optimizer: MegatronOptimizer, state: dict[str, Any]
+        self,
+        iteration: int,
+        model: GPTModel,
+        optimizer: MegatronOptimizer,
+        state: dict[str, Any],
+        metrics: Mapping[str, float] | None = None,
     ) -> Path:
-        """Write ``iter_<iteration>``; an existing one of that name is replaced. Collective over all ranks."""
+        """Write ``iter_<iteration>``; an existing one of that name is replaced. Collective over all ranks.
+
+        Args:
+            iteration: Finished iterations.
+            model: This rank's part of the student.
+            optimizer: Its optimizer.
+            state: Counters, position of the loader, configuration.
+            metrics: Newest values of the metrics; only the one that marks the best checkpoint is used.
+
+        Raises:
+            NoSpaceError: The disk has no room; nothing was written.
+        """
         start = time.perf_counter()
         final = self._folder / f"iter_{iteration:07d}"
-        unfinished = final.with_name(final.name + ".tmp")
+        unfinished = final.with_name(final.name + UNFINISHED)
+        sharded = self._sharded(model, optimizer, with_rng=True)
+        if dist.get_rank() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        require_space(self._folder, sharded, device=self._device)
         if dist.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             (unfinished / WEIGHTS).mkdir(parents=True)
             copy_side_files(self._hf_files, unfinished / HF_FILES)
-            (unfinished / STATE).write_text(json.dumps(state, indent=1))
+            (unfinished / STATE_FILE).write_text(json.dumps(state, indent=1))
         dist.barrier()
-        dist_checkpointing.save(self._sharded(model, optimizer, with_rng=True), str(unfinished / WEIGHTS))
+        dist_checkpointing.save(sharded, str(unfinished / WEIGHTS))
         dist.barrier()
-        facts = {**self._facts(iteration), LORA: _adapters_of(model)}
+        facts = {
+            **self._facts(iteration),
+            LORA: _adapters_of(model),
+            "metrics": self._noted_metrics(metrics or {}),
+        }
         write_manifest(unfinished, facts, device=self._device)
         if dist.get_rank() == 0:
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
             sync_folder(self._folder)
+            self._apply_retention()
         dist.barrier()
         log.info("Saved %s in %.1f s", final, time.perf_counter() - start)
         return final
@@ -86,7 +126,7 @@ class CheckpointStore:
         Damaged or unfinished ones are passed over with a warning.
         """
         names = broadcast_json(sorted(p.name for p in self._folder.glob("iter_*")), device=self._device)
-        for name in reversed([n for n in names if not n.endswith(".tmp")]):
+        for name in reversed([n for n in names if not n.endswith(UNFINISHED)]):
             damage = check_everywhere(self._folder / name, device=self._device)
             if damage is None:
                 return self._folder / name
@@ -104,19 +144,37 @@ class CheckpointStore:
         wanted = self._sharded(model, optimizer, with_rng=same_layout, is_loading=True)
         loaded: Any = dist_checkpointing.load(wanted, str(folder / WEIGHTS))
         fill_model(model, loaded["model"], folder)
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer_state(optimizer, loaded["optimizer"])
         if same_layout:
             _set_rng_state(loaded[_RNG])
-        return json.loads((folder / STATE).read_text())
+        return json.loads((folder / STATE_FILE).read_text())
+
+    def _noted_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        name = self._best_metric
+        if name is None:
+            return {}
+        if name not in metrics:
+            log.warning(
+                "checkpoint.keep_best_metric=%s has no value yet; this checkpoint cannot be the best", name
+            )
+            return {}
+        return {name: metrics[name]} if math.isfinite(metrics[name]) else {}
+
+    def _apply_retention(self) -> None:
+        best = find_best(self._folder, self._best_metric) if self._best_metric else None
+        if best is not None:
+            link_best(best)
+        remove_superseded(self._folder, keep_last=self._keep_last, best=best)
 
     def _sharded(self, model, optimizer, *, with_rng: bool, is_loading: bool = False) -> dict[str, Any]:
         metadata = {"dp_cp_group": self._groups.pg.dp_cp}
         weights = model.sharded_state_dict(metadata=metadata)
         # layer by layer: Megatron would else want one tensor over all layers, and frozen ones have no state
         by_layer = model.sharded_state_dict(metadata={**metadata, "non_homogeneous_layers": True})
-        optimizer_state = optimizer.sharded_state_dict(by_layer, is_loading=is_loading)
-        share_step(optimizer_state, device=self._device)
-        state = {"model": weights, "optimizer": optimizer_state}
+        of_optimizer = sharded_optimizer_state(
+            optimizer, by_layer, is_loading=is_loading, device=self._device
+        )
+        state = {"model": weights, "optimizer": of_optimizer}
         if with_rng:
             state[_RNG] = _sharded_rng_state(self._groups)
         return state

@@ -139,9 +139,7 @@ def _load_checkpoint(
     is_headless: bool,
     merges_adapters: bool,
 ) -> None:
-    # dist_checkpointing unpickles its metadata: open nothing whose manifest does not match
-    if damage := check_everywhere(folder, device=device):
-        raise CheckpointError(f"{folder} cannot be loaded: {damage}")
+    require_whole(folder, device)
     if adapters := read_manifest(folder).get(LORA):
         attach_adapters(model, LoraSpec.from_json(adapters), groups)
     metadata = {"dp_cp_group": groups.pg.dp_cp}
@@ -155,6 +153,17 @@ def _load_checkpoint(
     fill_model(model, {name: value for name, value in state.items() if name in wanted}, folder)
     if adapters and merges_adapters:
         merge_adapters(model)
+
+
+def require_whole(folder: Path, device: torch.device) -> None:
+    """Check a checkpoint's files against its manifest. Collective.
+
+    Raises:
+        CheckpointError: They do not match; on all ranks.
+    """
+    # dist_checkpointing unpickles its metadata: nothing may be opened whose manifest does not match
+    if damage := check_everywhere(folder, device=device):
+        raise CheckpointError(f"{folder} cannot be loaded: {damage}")
 
 
 def fill_model(model: GPTModel, weights: dict[str, Any], folder: Path) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from megatron_gkd.cli.outcome import REFUSED
 from megatron_gkd.config import ConfigError, GkdConfig, load_config
+from megatron_gkd.config.resume import check_resume
 from megatron_gkd.models.families.patterns import check_patterns
 from megatron_gkd.platform.environment import Environment, Place
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         config.check_world(options.world_size or world_size)
         check_patterns(config)
+        check_resume(config)
     except ConfigError as error:
         return _refuse(str(error), None)
     if options.check:

@@ -24,7 +24,7 @@ def explain(problem: Mapping[str, Any], schema: type[Config]) -> str:
         return f"{key}: must be a section with keys (got {given!r})"
     text = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("valid tuple", "list")
     if problem["type"] == "literal_error":
-        text += _did_you_mean(
+        text += did_you_mean(
             given, problem["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         )
     got = "" if isinstance(given, dict | Config) else f" (got {given!r})"
@@ -52,10 +52,10 @@ def _explain_unknown_key(key: str, section: type[Config] | None, schema: type[Co
     """Looks for a similar key in the same section first, then in all others."""
     name = key.rpartition(".")[2]
     known = list(section.model_fields) if section else []
-    everywhere = list(_all_keys(schema))
+    everywhere = list(all_keys(schema))
     if section and key in everywhere:  # a key of the same section's other kind
         return f"unknown key for kind {section.model_fields['kind'].default}; remove it or change the kind"
-    near = _did_you_mean(name, known)
+    near = did_you_mean(name, known)
     if near:
         return "unknown key" + near
     last_parts = {other.rpartition(".")[2] for other in everywhere}
@@ -66,17 +66,19 @@ def _explain_unknown_key(key: str, section: type[Config] | None, schema: type[Co
     return f"unknown key; known here: {', '.join(known)}"
 
 
-def _all_keys(schema: type[Config], prefix: str = "") -> Iterator[str]:
+def all_keys(schema: type[Config], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all sections and keys."""
     seen: set[str] = set()
     for name, field in schema.model_fields.items():
         yield prefix + name
         for section in sections_of(field).values():
-            inner = [key for key in _all_keys(section, f"{prefix}{name}.") if key not in seen]
+            inner = [key for key in all_keys(section, f"{prefix}{name}.") if key not in seen]
             seen.update(inner)
             yield from inner
 
 
-def _did_you_mean(given: Any, known: list[str]) -> str:
+def did_you_mean(given: Any, known: list[str]) -> str:
+    """The nearest of the known names as the end of a sentence; empty if none is near."""
     near = difflib.get_close_matches(str(given), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

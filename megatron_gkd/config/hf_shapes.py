@@ -54,6 +54,20 @@ class HfShapes:
         return embeddings + self.num_layers * layer + self.hidden_size
 
 
+def count_token_ids(folder: Path) -> int | None:
+    """One more than the largest token id in ``folder``/tokenizer.json; ``None`` if there is no such file to tell."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    tokenizer = _read_json(file)
+    try:
+        vocab = tokenizer["model"]["vocab"]
+        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        return 1 + max([*ids, *(token["id"] for token in tokenizer.get("added_tokens", []))])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def load_hf_shapes(folder: Path) -> HfShapes:
     """Read ``folder``/config.json (and generation_config.json for further end-of-sequence tokens).
 

@@ -45,6 +45,9 @@ class OptimConfig(Config):
     """Share of the last step that optimizer=sgd keeps; 0: none."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; longer gradients are scaled down. 0: no clipping."""
+    use_distributed_optimizer: bool = False
+    """Split the optimizer's state over the copies of the student (data-parallel ranks), to save memory; for
+    optimizer=adam."""
 
     def num_warmup_iters(self, train_iters: int) -> int:
         """Iterations of the warm-up in a run of ``train_iters``."""
@@ -63,6 +66,15 @@ class OptimConfig(Config):
     def _min_lr_is_not_above_lr(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}; lower min_lr")
+        return self
+
+    @model_validator(mode="after")
+    def _distributed_optimizer_is_adam(self) -> Self:
+        if self.use_distributed_optimizer and self.optimizer != "adam":
+            raise ValueError(
+                f"use_distributed_optimizer=true saves and loads Adam's state only, but optimizer={self.optimizer}; "
+                "set one of them otherwise"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_gkd.config.errors import ConfigError
-from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
+from megatron_gkd.config.explain import all_keys, did_you_mean
+from megatron_gkd.config.hf_shapes import HfShapes, count_token_ids, load_hf_shapes
 from megatron_gkd.config.weight_files import find_checkpoint_problems, find_hf_problems, find_output_problems
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def find_file_problems(config: "GkdConfig") -> list[str]:
         *_embedded_engine_problems(config),
         *_loss_problems(config),
         *_estimator_problems(config),
+        *_unknown_key_problems(config),
         *_data_problems(config.data, config.evaluation),
         *_loss_problems(config),
         *_estimator_problems(config),
@@ -183,12 +185,16 @@ def _length_problems(config: "GkdConfig", name: str, shapes: HfShapes) -> Iterat
 
 def _vocabulary_problems(models: dict[str, "ModelConfig"], shapes: dict[str, HfShapes]) -> Iterator[str]:
     student, teacher = shapes["student"].vocab_size, shapes["teacher"].vocab_size
-    if student != teacher:
-        yield (
-            f"the student ({models['student'].hf_folder}) has vocab_size={student} and the teacher "
-            f"({models['teacher'].hf_folder}) vocab_size={teacher}; both must use the same "
-            "vocabulary, take models of one family"
-        )
+    if student == teacher:
+        return
+    num_ids = count_token_ids(models["student"].hf_folder)
+    if num_ids is not None and num_ids <= student < teacher:
+        return  # only rows without a token differ, as between the small and the large models of Qwen2.5
+    yield (
+        f"the student ({models['student'].hf_folder}) has vocab_size={student} and the teacher "
+        f"({models['teacher'].hf_folder}) vocab_size={teacher}; both must use the same vocabulary, take models of one "
+        "family (a teacher may have more rows that are no token)"
+    )
 
 
 def _embedded_engine_problems(config: "GkdConfig") -> Iterator[str]:
@@ -218,6 +224,13 @@ def _estimator_problems(config: "GkdConfig") -> Iterator[str]:
             f"loss.support=token estimates from tokens that the student wrote, but gkd.lmbda={config.gkd.lmbda} takes some "
             "from data; set gkd.lmbda=1"
         )
+
+
+def _unknown_key_problems(config: "GkdConfig") -> Iterator[str]:
+    known = list(all_keys(type(config)))
+    for key in config.checkpoint.allow_changes:
+        if key not in known:
+            yield f"checkpoint.allow_changes names {key!r}, which is no key{did_you_mean(key, known)}"
 
 
 def _server_problems(config: "GkdConfig", student: HfShapes) -> Iterator[str]:

@@ -170,8 +170,15 @@ class CheckpointConfig(Config):
 
     save_interval: int = Field(default=0, ge=0)
     """Iterations between checkpoints; 0: only at the end."""
+    keep_last: int = Field(default=0, ge=0)
+    """Newest checkpoints that are kept, older ones are removed; 0 keeps all. The disk needs room for one more."""
+    keep_best_metric: Literal["loss", "validation/loss"] | None = None
+    """Also keep the checkpoint at which this metric was lowest, and link it as checkpoints/best."""
     resume: bool = True
     """Continue from the newest valid checkpoint under train.output_dir, if there is one."""
+    allow_changes: tuple[str, ...] = ()
+    """Keys or sections, such as optim.lr or loss, that may differ from the configuration of the checkpoint that is
+    resumed; any other change of what is computed is refused. Changed data are read from their beginning."""
 
 
 class LoggingConfig(Config):
@@ -210,6 +217,11 @@ class GkdConfig(Config):
     def teacher_seq_length(self) -> int:
         """The same for the teacher, whose prompts may be longer."""
         return self.data.teacher_prompt_length + self.rollout.max_new_tokens
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Where the run keeps its checkpoints."""
+        return self.train.output_dir / "checkpoints"
 
     def with_iterations(self, num_prompts: int | None) -> "GkdConfig":
         """This tree with ``train.epochs`` turned into ``train.train_iters``; unchanged if it has those already.

@@ -198,7 +198,7 @@ def require_same(state: Mapping[str, Any], identity: Mapping[str, Any], name: st
         keys = tuple(_SETTINGS[part] for part in different)
         values = ", ".join(f"{part} {state[part]!r} (now {identity[part]!r})" for part in different)
     raise PromptsChanged(
-        f"the checkpoint was written for other prompts than {name}: {values}; set {', '.join(keys)} back, or start in a "
-        "new train.output_dir",
+        f"the checkpoint was written for other prompts than {name}: {values}; set {', '.join(keys)} back, or read these "
+        f"from their beginning with checkpoint.allow_changes=[{','.join(keys)}]",
         keys,
     )

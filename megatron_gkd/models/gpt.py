@@ -137,6 +137,7 @@ def build_gpt(
     vocab_divisible_by: int = 1,
     sequence_parallel: bool = False,
     is_headless: bool = False,
+    is_blank: bool = False,
 ) -> GPTModel:
     """This rank's part of the model on ``device``, every weight zero.
 
@@ -150,6 +151,7 @@ def build_gpt(
         vocab_divisible_by: The vocabulary is padded to a multiple of this times the tensor-parallel size.
         sequence_parallel: Split activations between the tensor-parallel regions along the sequence.
         is_headless: Leave the output layer out; the model returns hidden states (after the final norm).
+        is_blank: Leave the weights as they are allocated, so that they take no memory until they are written.
     """
     on_cpu = device.type == "cpu"
     config = transformer_config(
@@ -174,7 +176,7 @@ def build_gpt(
     if is_headless and groups.is_last_stage:
         model.add_module("output_layer", HiddenOnly())
     _mark_split_weights(model)
-    for parameter in model.parameters():
+    for parameter in () if is_blank else model.parameters():
         parameter.data.zero_()  # padding rows stay zero; nothing is left as uninitialised memory
     return model.to(device=device, dtype=dtype)  # norms are made in fp32
 

@@ -21,14 +21,17 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
 from megatron_gkd.config.optim import OptimConfig
-from megatron_gkd.parallel.collectives import reduce_values
 from megatron_gkd.parallel.groups import ModelGroups
 
 
-def wrap_ddp(model: GPTModel, groups: ModelGroups) -> DistributedDataParallel:
+def wrap_ddp(model: GPTModel, groups: ModelGroups, config: OptimConfig) -> DistributedDataParallel:
     """Data parallelism with gradients summed in fp32."""
     # calculate_per_token_loss: gradients are summed here and divided by the global token count when finished
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=False)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=False,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+    )
     ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=groups.pg)
     model.config.finalize_model_grads_func = finalize_model_grads
     return ddp
@@ -60,6 +63,7 @@ def build_optimizer(
         adam_eps=config.adam_eps,
         sgd_momentum=config.sgd_momentum,
         clip_grad=config.clip_grad,
+        use_distributed_optimizer=config.use_distributed_optimizer,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
     )
@@ -96,17 +100,6 @@ def _prepare_sgd_state(optimizer: MegatronOptimizer, momentum: float) -> None:
             for parameter in group["params"]:
                 # from zero, the first step is the gradient, as torch makes it
                 part.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def share_step(state: dict[str, Any], *, device: torch.device) -> None:
-    """Put the number of updates, which Adam needs, into the sharded state of every rank. Collective over all ranks.
-
-    A checkpoint keeps what rank 0 says, and rank 0 has none where its whole pipeline stage is frozen.
-    """
-    own = state.get("optimizer", state).get("state", {})  # one level deeper with bf16
-    step = reduce_values([float(own.get("common_step", 0))], ["max"], device=device)[0]
-    if step and "common_step" not in own:
-        own["common_step"] = torch.tensor(step)
 
 
 def zero_gradients(ddp: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:

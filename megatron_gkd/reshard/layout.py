@@ -5,7 +5,7 @@ One description serves both directions: reading a checkpoint into a rank (import
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_gkd.config.hf_shapes import HfShapes
@@ -51,6 +51,15 @@ class Slice:
     def num_elements(self) -> int:
         """Numbers in the block."""
         return math.prod(stop - start for start, stop in self.full)
+
+    def row_blocks(self, max_elements: int) -> Iterator["Slice"]:
+        """The same numbers in slices of whole rows, each of ``max_elements`` or fewer where a row is not longer."""
+        num_rows = self.full[0][1] - self.full[0][0]
+        height = max(1, max_elements * num_rows // max(self.num_elements, 1))
+        for row in range(0, num_rows, height):
+            last = min(row + height, num_rows)
+            local, full = (((s[0][0] + row, s[0][0] + last), *s[1:]) for s in (self.local, self.full))
+            yield Slice(self.parameter, local, self.tensor, full)
 
 
 def hf_tensors(shapes: HfShapes) -> dict[str, tuple[int, ...]]:

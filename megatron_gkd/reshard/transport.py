@@ -6,7 +6,7 @@ that of https://github.com/huggingface/safetensors: eight bytes of header length
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_gkd.reshard.layout import Slice
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _ALIGNMENT = 64
+_BLOCK_ELEMENTS = 1 << 21
 
 
 class HfFolder:
@@ -54,6 +55,10 @@ class HfFolder:
         """One block of a tensor; only its bytes are read."""
         return self._handle(name).get_slice(name)[tuple(slice(*span) for span in spans)]
 
+    def mapped(self, name: str) -> Tensor:
+        """A whole tensor as the file's own pages: it takes memory only while it is looked at. Not to be changed."""
+        return self._handle(name).get_tensor(name)
+
     def _handle(self, name: str) -> Any:
         if name not in self._file_of:
             raise ValueError(f"{self.folder} has no tensor {name!r}; is config.json from the same model?")
@@ -72,9 +77,30 @@ def read_slices(parameters: Mapping[str, Tensor], source: HfFolder, slices: Sequ
     if missing := parameters.keys() - {piece.parameter for piece in slices}:
         raise ValueError(f"no weights known for the parameters {sorted(missing)}")
     with torch.no_grad():
-        for piece in filter(lambda piece: piece.num_elements, slices):
+        for piece in _blocks(slices):
             block = source.read(piece.tensor, piece.full)
             parameters[piece.parameter].data[_index_of(piece.local)].copy_(block)
+
+
+def find_difference(
+    parameters: Mapping[str, Tensor], folder: HfFolder, slices: Sequence[Slice]
+) -> str | None:
+    """Name of the first tensor in ``folder`` that is not bit for bit what the parameters hold, or ``None``."""
+    for piece in _blocks(slices):
+        own = parameters[piece.parameter].data[_index_of(piece.local)]
+        other = folder.read(piece.tensor, piece.full)
+        if own.dtype != other.dtype or not torch.equal(_bytes_of(own), _bytes_of(other)):
+            return piece.tensor
+    return None
+
+
+def _blocks(slices: Sequence[Slice]) -> Iterator[Slice]:
+    """The slices in blocks of a few MB, so that reading never doubles a large tensor."""
+    return (block for piece in slices if piece.num_elements for block in piece.row_blocks(_BLOCK_ELEMENTS))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.cpu().contiguous().view(torch.uint8)  # as numbers, NaN would differ from itself
 
 
 class MappedSafetensors:

@@ -130,7 +130,7 @@ def build_student(config: GkdConfig, world: World) -> Student:
     tap = HiddenTap(model) if groups.is_last_stage else None
     weights = WeightLayout(shapes, groups.layout, model.vocab_size)
     _choose_trained(section, model, weights, groups, config.train.seed)
-    ddp = wrap_ddp(model, groups)
+    ddp = wrap_ddp(model, groups, config.optim)
     undecayed = _parameters_of(undecayed_tensors(config.optim, shapes), model, weights, groups)
     optimizer = build_optimizer(ddp, groups, config.optim, dtype, undecayed)
     schedule = LearningRateSchedule(optimizer, config.optim, config.train.train_iters)

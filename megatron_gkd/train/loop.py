@@ -3,14 +3,17 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
+from megatron_gkd.checkpoint.space import NoSpaceError
 from megatron_gkd.checkpoint.store import CheckpointStore
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import load_hf_shapes
+from megatron_gkd.config.resume import is_named, permitted_changes
 from megatron_gkd.data.sample import Batch, Prompt
-from megatron_gkd.data.streams import PromptStream
+from megatron_gkd.data.streams import PromptsChanged, PromptStream
 from megatron_gkd.data.tokenizer import DataError, Tokenizer
 from megatron_gkd.observability.status import State
 from megatron_gkd.rollout.engine import EngineError, RolloutEngine
@@ -56,18 +59,38 @@ class Trainer:
         found = self.store.find_newest_valid() if self.config.checkpoint.resume else None
         if found is None:
             return
+        for change in permitted_changes(found, self.config):
+            log.info("Changed since the checkpoint: %s", change)
         stored = self.store.load(found, self.student.model, self.student.optimizer)
         self.state = TrainState.from_json(stored["train"])
-        self.loader.load_state_dict(stored["loader"])
+        self._restore_loader(stored["loader"])
         self.saved_iteration = self.state.iteration
         log.info("Resuming from %s, iteration %d", found, self.state.iteration)
 
+    def _restore_loader(self, stored: dict[str, Any]) -> None:
+        try:
+            self.loader.load_state_dict(stored)
+        except PromptsChanged as error:
+            if not all(is_named(key, self.config.checkpoint.allow_changes) for key in error.keys):
+                raise
+            log.info("Changed since the checkpoint: the prompts; they are read from their beginning")
+
     def save(self) -> None:
-        """Write a checkpoint of the present state, unless there is one. Collective."""
+        """Write a checkpoint of the present state, unless there is one. Collective.
+
+        Raises:
+            NoSpaceError: The disk is full.
+        """
         if self.saved_iteration == self.state.iteration:
             return
-        stored = {"train": self.state.to_json(), "loader": self.loader.state_dict()}
-        self.store.save(self.state.iteration, self.student.model, self.student.optimizer, stored)
+        stored = {
+            "train": self.state.to_json(),
+            "loader": self.loader.state_dict(),
+            "config": self.config.model_dump(mode="json"),
+        }
+        self.store.save(
+            self.state.iteration, self.student.model, self.student.optimizer, stored, self.records.latest
+        )
         self.saved_iteration = self.state.iteration
 
     def run(self, stop: StopRequest) -> State:
@@ -90,8 +113,7 @@ class Trainer:
                     self.save()
                     return "stopped"
                 self._iterate(engine)
-                if self._is_save_due():
-                    self.save()
+                self._save_if_due()
         except (EngineError, DataError):
             # every rank gets here alike: engines raise the same error on all of them, and all read the same rows
             self.save()
@@ -178,9 +200,14 @@ class Trainer:
         interval, iteration = self.config.evaluation.interval, self.state.iteration
         return iteration == self.config.train.train_iters or (interval > 0 and iteration % interval == 0)
 
-    def _is_save_due(self) -> bool:
+    def _save_if_due(self) -> None:
         interval = self.config.checkpoint.save_interval
-        return interval > 0 and self.state.iteration % interval == 0
+        if interval == 0 or self.state.iteration % interval:
+            return
+        try:
+            self.save()
+        except NoSpaceError as error:
+            log.error("%s. Training goes on; the next try is in %d iterations", error, interval)
 
 
 def build_trainer(
@@ -209,11 +236,13 @@ def build_trainer(
         certify_run(config, student.groups, world.device)
     teacher, teacher_head_VH = build_teacher(config, world, student, tokenizer.pad_id)
     store = CheckpointStore(
-        config.train.output_dir / "checkpoints",
+        config.checkpoint_dir,
         hf_files=config.student.hf_folder,
         groups=student.groups,
         dtype=student.dtype,
         device=world.device,
+        keep_last=config.checkpoint.keep_last,
+        best_metric=config.checkpoint.keep_best_metric,
     )
     records = Records(config, world, tokenizer)
     validation = Validation(validation_prompts, config, tokenizer.pad_id) if validation_prompts else None

@@ -24,6 +24,8 @@ GIB = 2**30
 class Records:
     """The records of one run; files are written by the leader only.
 
+    ``latest`` holds the newest value of every metric, on all ranks.
+
     Args:
         config: The run's configuration.
         world: This process.
@@ -36,6 +38,7 @@ class Records:
         self._has_warned_of_lost_mass = False
         self._total = config.train.train_iters
         self.metrics, self.timers = Metrics(), Timers(world.platform.synchronize)
+        self.latest: dict[str, float] = {}
         self._progress = Progress(self._total)
         self._writer: MetricsWriter | None = None
         self._samples: SampleWriter | None = None
@@ -77,6 +80,7 @@ class Records:
             [m.value for m in metrics], [m.reduce for m in metrics], device=self._world.device
         )
         by_name = {metric.name: value for metric, value in zip(metrics, values, strict=True)}
+        self.latest.update(by_name)
         line = self._progress.finish(
             state.iteration, loss=by_name["loss"], lag=int(by_name["lag"]), num_tokens=int(by_name["tokens"])
         )

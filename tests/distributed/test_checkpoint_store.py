@@ -6,8 +6,11 @@ Not here: saving from a torchrun job with Megatron's own queue (end-to-end tests
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,15 @@ from tests.support.tiny_models import write_tiny_model
 SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
 LENGTHS = ((4, 5), (2, 9), (6, 0), (3, 0), (5, 1), (9, 12), (1, 3), (7, 4))
 OPTIM = {"lr": 2e-3, "decay_style": "cosine", "warmup_iters": 2, "weight_decay": 0.1}
+OPTIMIZERS = {"plain": OPTIM, "distributed": OPTIM | {"use_distributed_optimizer": True}}
+CHANGED = {
+    "lr": 7e-3,
+    "min_lr": 1e-3,
+    "weight_decay": 0.3,
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.98,
+    "adam_eps": 1e-7,
+}
 CPU = torch.device("cpu")
 
 
@@ -29,26 +41,82 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
     return student, write_tiny_model(folder / "teacher", seed=2, tied=False, **SMALL)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("num_ranks", "split"), [(2, TP2), (2, PP2), (2, DP), (4, TP2_PP2)], ids=str)
+@pytest.mark.parametrize(
+    ("num_ranks", "split", "optim", "precision"),
+    [
+        (2, DP, "distributed", "fp32"),
+        (4, TP2_PP2, "plain", "fp32"),
+        (4, TP2_PP2, "plain", "bf16"),
+        (4, TP2, "distributed", "bf16"),
+    ],
+    ids=str,
+)
 def test_resuming_is_bit_equal_to_not_stopping(
-    run_on_ranks, models, tmp_path, num_ranks, split: Split, precision: str
+    run_on_ranks, models, tmp_path, num_ranks, split: Split, optim: str, precision: str
 ):
-    config = write_config(tmp_path, *models, split=split, optim=OPTIM, train={"precision": precision})
+    config = write_config(
+        tmp_path, *models, split=split, optim=OPTIMIZERS[optim], train={"precision": precision}
+    )
     run_on_ranks(num_ranks, _stop_and_resume, config)
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "saved_by", "resumed_by"),
-    [(2, TP2, PP2), (2, PP2, TP2), (2, DP, TP2), (2, TP2, DP), (4, TP2_PP2, DP), (4, DP, TP2_PP2)],
+    ("optim", "saved_by", "resumed_by"),
+    [
+        ("plain", (2, TP2), (2, PP2)),
+        ("plain", (2, DP), (4, TP2)),
+        ("plain", (4, TP2_PP2), (2, DP)),
+        ("distributed", (2, DP), (4, TP2_PP2)),
+        ("distributed", (4, TP2), (4, PP2)),
+        ("distributed", (4, PP2), (2, DP)),
+    ],
     ids=str,
 )
-def test_a_checkpoint_resumes_in_another_layout(
-    run_on_ranks, models, tmp_path, num_ranks, saved_by, resumed_by
+def test_a_checkpoint_resumes_in_another_layout_on_another_number_of_ranks(
+    run_on_ranks, models, tmp_path, optim: str, saved_by: tuple[int, Split], resumed_by: tuple[int, Split]
 ):
-    files = [write_config(tmp_path, *models, split=split, optim=OPTIM) for split in (saved_by, resumed_by)]
-    run_on_ranks(num_ranks, _save_then_continue, files[0])
-    run_on_ranks(num_ranks, _resume_elsewhere, files[1])
+    sections = {"optim": OPTIMIZERS[optim], "gkd": {"lmbda": 0.0}}
+    for (num_ranks, split), work in ((saved_by, _save_then_continue), (resumed_by, _resume_elsewhere)):
+        run_on_ranks(num_ranks, work, write_config(tmp_path, *models, split=split, **sections))
+
+
+def test_both_optimizers_save_the_same_moments_and_another_layout_loads_them_bit_equal(
+    run_on_ranks, models, tmp_path
+):
+    for name, optim in OPTIMIZERS.items():
+        sections = {"optim": optim, "gkd": {"lmbda": 0.0}, "train": {"precision": "bf16"}}
+        saved = write_config(tmp_path / name, *models, split=PP2, **sections)
+        run_on_ranks(4, _save_then_continue, saved)
+        run_on_ranks(2, _save_again, write_config(tmp_path / name, *models, split=TP2, **sections))
+    run_on_ranks(1, _expect_same_moments, tmp_path / "plain", tmp_path / "distributed")
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_a_run_whose_updates_were_all_skipped_is_saved_and_resumed(run_on_ranks, models, tmp_path, optim):
+    config = write_config(tmp_path, *models, split=DP, optim=OPTIMIZERS[optim])
+    run_on_ranks(2, _save_without_a_step, config)
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_settings_of_the_optimizer_come_from_the_configuration_and_not_from_the_checkpoint(
+    run_on_ranks, models, tmp_path, optim
+):
+    config = write_config(tmp_path, *models, split=DP, optim=OPTIMIZERS[optim])
+    changed = write_config(tmp_path / "changed", *models, split=DP, optim=OPTIMIZERS[optim] | CHANGED)
+    run_on_ranks(2, _resume_with_other_settings, config, changed)
+
+
+def test_a_run_keeps_the_newest_and_the_best_checkpoint(run_on_ranks, models, tmp_path):
+    run_on_ranks(2, _save_often, write_config(tmp_path, *models, split=TP2, optim=OPTIM))
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["best", "iter_0000002", "iter_0000005"]
+    assert (folder / "best").resolve().name == "iter_0000002"
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_without_space_nothing_is_written_and_older_checkpoints_stay(run_on_ranks, models, tmp_path, optim):
+    config = write_config(tmp_path, *models, split=DP, optim=OPTIMIZERS[optim])
+    run_on_ranks(2, _save_without_space, config)
 
 
 def test_a_checkpoint_that_is_not_whole_is_passed_over_for_the_one_before(run_on_ranks, models, tmp_path):
@@ -120,13 +188,15 @@ def _save_then_continue(rank: int, world_size: int, config_file: Path) -> None:
     allow_saving()
     config = load_config(config_file)
     student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
-    losses = []
+    progress, record = Progress(config), []
     for i in range(5):
-        losses.append(update(student, teacher, head_VH, make_batch(i, LENGTHS), i, config)[1])
+        batch = progress.next_batch()
+        loss = update(student, teacher, head_VH, batch, i, config)[1]
+        record.append({"rows": [sample.row for sample in batch.samples], "loss": loss})
         if i == 1:
-            _store(config, student).save(2, student.model, student.optimizer, {})
+            _store(config, student).save(2, student.model, student.optimizer, progress.to_json())
     if rank == 0:
-        (config_file.parent / "losses.json").write_text(json.dumps(losses))
+        (config_file.parent / "record.json").write_text(json.dumps(record))
     leave()
 
 
@@ -134,12 +204,179 @@ def _resume_elsewhere(rank: int, world_size: int, config_file: Path) -> None:
     from megatron_gkd.config import load_config
 
     config = load_config(config_file)
-    expected = json.loads((config_file.parent / "losses.json").read_text())
+    expected = json.loads((config_file.parent / "record.json").read_text())
     student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+    store, progress = _store(config, student), Progress(config)
+    progress.restore(store.load(store.find_newest_valid(), student.model, student.optimizer))
+    _expect_steps(student, 2)
+    for i in (2, 3, 4):
+        batch = progress.next_batch()
+        assert [sample.row for sample in batch.samples] == expected[i]["rows"]
+        loss = update(student, teacher, head_VH, batch, i, config)[1]
+        assert loss == pytest.approx(expected[i]["loss"], rel=1e-6), f"iteration {i}"
+        _expect_steps(student, i + 1)
+    leave()
+
+
+def _save_again(rank: int, world_size: int, config_file: Path) -> None:
+    """Load in this layout, save, and compare all tensors of the two checkpoints."""
+    from megatron_gkd.config import load_config
+
+    allow_saving()
+    config = load_config(config_file)
+    student, _, _ = build_parts(config, make_world(rank, world_size))
+    first = _store(config, student).find_newest_valid()
+    _store(config, student).load(first, student.model, student.optimizer)
+    second = _store(config, student, "again").save(2, student.model, student.optimizer, {})
+    expected, got = _tensors(first), _tensors(second)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        num_rows = min(len(tensor), len(got[name]))  # padding of the vocabulary differs
+        assert torch.equal(tensor[:num_rows], got[name][:num_rows]), name
+        assert not tensor[num_rows:].any(), name
+        assert not got[name][num_rows:].any(), name
+    leave()
+
+
+def _expect_same_moments(rank: int, world_size: int, plain: Path, distributed: Path) -> None:
+    expected, got = (_tensors(folder / "run/checkpoints/iter_0000002") for folder in (plain, distributed))
+    for kind in ("exp_avg", "exp_avg_sq"):
+        moments = [name for name in expected if name.startswith(f"optimizer.state.{kind}.")]
+        assert len(moments) > 10
+        for name in moments:
+            assert expected[name].any(), name
+            difference = (got[name] - expected[name]).abs().max()
+            assert difference < 0.05 * expected[name].abs().max(), name  # bf16 rounds sums in another order
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All of a checkpoint but the random state."""
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    loaded = load_plain_tensors(
+        str(folder / "weights")
+    )  # with settings of the optimizer, which are no tensors
+    return {
+        name: value
+        for name, value in loaded.items()
+        if torch.is_tensor(value) and not name.startswith("rng_state")
+    }
+
+
+def _save_without_a_step(rank: int, world_size: int, config_file: Path) -> None:
+    from megatron_gkd.config import load_config
+
+    allow_saving()
+    config = load_config(config_file)
+    world, batch = make_world(rank, world_size), make_batch(0, LENGTHS)
+    student, teacher, head_VH = build_parts(config, world)
+    saved = _store(config, student).save(1, student.model, student.optimizer, {})
+    expected = update(student, teacher, head_VH, batch, 1, config)[1]
+    weights = copy_of(student.model)
+    leave()
+    student, teacher, head_VH = build_parts(config, world)
+    _store(config, student).load(saved, student.model, student.optimizer)
+    assert update(student, teacher, head_VH, batch, 1, config)[1] == expected
+    assert all(torch.equal(p, weights[name]) for name, p in student.model.named_parameters())
+    leave()
+
+
+def _resume_with_other_settings(rank: int, world_size: int, config_file: Path, changed_file: Path) -> None:
+    from megatron_gkd.config import load_config
+
+    allow_saving()
+    config, changed = load_config(config_file), load_config(changed_file)
+    world, batch = make_world(rank, world_size), make_batch(0, LENGTHS)
+    student, teacher, head_VH = build_parts(config, world)
+    update(student, teacher, head_VH, batch, 0, config)
+    saved = _store(config, student).save(1, student.model, student.optimizer, {})
+    leave()
+    student, teacher, head_VH = build_parts(changed, world)
+    before = [_settings(group) for group in student.optimizer.param_groups]
+    _store(config, student).load(saved, student.model, student.optimizer)
+    assert [_settings(group) for group in student.optimizer.param_groups] == before
+    assert before[0] | {"betas": (0.8, 0.98), "eps": 1e-7} == before[0]
+    assert student.schedule.set_iteration(1) == CHANGED["lr"]
+    _expect_steps(student, 1)
+    leave()
+
+
+def _settings(group) -> dict:
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
+
+
+def _expect_steps(student, number: int) -> None:
+    """Every parameter counts its steps for itself: a shared tensor would be counted up once per parameter."""
+    states = [
+        state for part in student.optimizer.chained_optimizers for state in part.optimizer.state.values()
+    ]
+    steps = [state["step"] for state in states]
+    assert {step.item() for step in steps} == {number}
+    assert len({step.data_ptr() for step in steps}) == len(steps)
+
+
+class Progress:
+    """Loader and counters of a run that takes all completions from data."""
+
+    def __init__(self, config):
+        from megatron_gkd.data.tokenizer import load_tokenizer
+        from megatron_gkd.train.build import build_loader
+        from megatron_gkd.train.state import TrainState
+
+        self.config, self.state = config, TrainState()
+        self.loader = build_loader(config, load_tokenizer(config.student.hf_folder))
+
+    def next_batch(self):
+        from megatron_gkd.train.collect import collect_batch
+
+        engine: Any = None  # nothing is generated
+        options = {"global_batch_size": 8, "num_samples": 1, "lmbda": 0.0, "seed": self.config.train.seed}
+        batch = collect_batch(self.loader, engine, self.state, **options)
+        self.state.iteration += 1
+        self.state.consumed_samples += len(batch.samples)
+        return batch
+
+    def to_json(self) -> dict[str, Any]:
+        return {"train": self.state.to_json(), "loader": self.loader.state_dict()}
+
+    def restore(self, stored: dict[str, Any]) -> None:
+        self.state = type(self.state).from_json(stored["train"])
+        self.loader.load_state_dict(stored["loader"])
+
+
+def _save_often(rank: int, world_size: int, config_file: Path) -> None:
+    from megatron_gkd.config import load_config
+
+    allow_saving()
+    config = load_config(config_file)
+    student, _, _ = build_parts(config, make_world(rank, world_size))
+    store = _store(config, student, keep_last=1, best_metric="loss")
+    for iteration, loss in enumerate((0.5, 0.25, math.nan, 0.75, 0.5), start=1):
+        store.save(iteration, student.model, student.optimizer, {}, {"loss": loss, "lr": 0.0})
+    assert store.find_newest_valid().name == "iter_0000005"
+    leave()
+
+
+def _save_without_space(rank: int, world_size: int, config_file: Path) -> None:
+    from megatron_gkd.checkpoint import space
+    from megatron_gkd.config import load_config
+
+    allow_saving()
+    config = load_config(config_file)
+    student, _, _ = build_parts(config, make_world(rank, world_size))
     store = _store(config, student)
-    store.load(store.find_newest_valid(), student.model, student.optimizer)
-    losses = [update(student, teacher, head_VH, make_batch(i, LENGTHS), i, config)[1] for i in (2, 3, 4)]
-    assert losses == pytest.approx(expected[2:], rel=1e-6)
+    saved = store.save(1, student.model, student.optimizer, {})
+    copies = 4 if config.optim.use_distributed_optimizer else 3  # weights, two moments, main weights
+    size = space._SMALL_FILES + student.shapes.num_parameters * 4 * copies
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(space.shutil, "disk_usage", lambda folder: SimpleNamespace(free=size - 1))
+        with pytest.raises(space.NoSpaceError, match="GiB left; free some space or lower"):
+            store.save(2, student.model, student.optimizer, {})
+        assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+        assert store.find_newest_valid() == saved
+        random_state = 100_000
+        patch.setattr(space.shutil, "disk_usage", lambda folder: SimpleNamespace(free=size + random_state))
+        assert store.save(2, student.model, student.optimizer, {}) == store.find_newest_valid()
     leave()
 
 
@@ -162,15 +399,16 @@ def _expect_newest(
         assert sum(f"Passing over checkpoint iter_{name}: " in text for text in messages) == 1, messages
 
 
-def _store(config, student):
+def _store(config, student, name: str = "checkpoints", **options):
     from megatron_gkd.checkpoint.store import CheckpointStore
 
     return CheckpointStore(
-        config.train.output_dir / "checkpoints",
+        config.train.output_dir / name,
         hf_files=config.student.hf_folder,
         groups=student.groups,
         dtype=student.dtype,
         device=CPU,
+        **options,
     )
 
 

@@ -3,9 +3,13 @@
 Not here: the command lines of the tools (end-to-end tests), training checkpoints (test_checkpoint_store).
 """
 
+import contextlib
 import json
+import logging
+import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +20,7 @@ from tests.support.on_ranks import (
     TP2,
     TP2_PP2,
     Split,
+    allow_saving,
     convert_folders,
     load_model,
     no_kernels,
@@ -28,6 +33,9 @@ MODELS = {
     "llama_untied_bf16": {"family": "llama", "vocab_size": 1003, "tied": False, "dtype": torch.bfloat16},
     "qwen2_untied": {"family": "qwen2", "vocab_size": 261, "tied": False},
     "qwen3_tied": {"family": "qwen3", "vocab_size": 1003, "tied": True, "head_dim": 24},
+    # the two sizes of Qwen2.5, whose tokenizers have 151,643 tokens and some special ones
+    "qwen2_151936": {"family": "qwen2", "vocab_size": 151936, "tied": True, "hidden_size": 8},
+    "qwen2_152064": {"family": "qwen2", "vocab_size": 152064, "tied": False, "hidden_size": 8},
 }
 CPU = torch.device("cpu")
 
@@ -95,6 +103,20 @@ def test_a_converted_checkpoint_carries_config_and_tokenizer(hf_folders, checkpo
         assert copied == {file.name for file in hf.iterdir()} - {"model.safetensors"}
 
 
+def test_conversion_never_holds_the_model_in_memory_and_reports_its_progress(run_on_ranks, tmp_path):
+    """Import keeps the fused q, k and v (a tenth of this model), export the largest parameter (a fifth)."""
+    sizes = {"vocab_size": 16000, "hidden_size": 512, "num_layers": 8, "ffn": 1536, "num_heads": 8}
+    hf = write_tiny_model(tmp_path / "hf", tied=True, **sizes)
+    run_on_ranks(1, _convert_with_little_memory, hf, tmp_path / "megatron", tmp_path / "back")
+    _assert_equal_tensors(hf / "model.safetensors", tmp_path / "back" / "model.safetensors")
+
+
+@pytest.mark.parametrize("way", ["import", "export"])
+def test_what_was_written_wrongly_is_found_and_not_kept(run_on_ranks, hf_folders, checkpoints, tmp_path, way):
+    run_on_ranks(1, _convert_on_a_bad_disk, hf_folders[0], checkpoints[0], tmp_path / "out", way)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_existing_target_is_refused_and_left_alone(hf_folders, checkpoints, tmp_path):
     from megatron_gkd.checkpoint.hf import convert_hf_to_megatron, convert_megatron_to_hf
 
@@ -136,6 +158,109 @@ def test_a_damaged_checkpoint_is_refused_on_all_ranks(run_on_ranks, checkpoints,
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     run_on_ranks(2, _expect_refusal, damaged, file.name)
+
+
+def _convert_with_little_memory(rank: int, world_size: int, hf: Path, checkpoint: Path, back: Path) -> None:
+    from megatron_gkd.checkpoint.hf import convert_hf_to_megatron, convert_megatron_to_hf
+
+    allow_saving()
+    size = (hf / "model.safetensors").stat().st_size
+    assert size > 100e6, "noise would count"
+    ways = ((convert_hf_to_megatron, hf, checkpoint, 0.25), (convert_megatron_to_hf, checkpoint, back, 0.5))
+    for convert, source, out, largest_share in ways:
+        with (
+            student_groups(DP) as groups,
+            PeakMemory() as memory,
+            recorded("megatron_gkd.checkpoint.hf") as log,
+        ):
+            convert(source, out, groups, no_kernels(), CPU)
+        assert memory.grown_bytes < largest_share * size, (
+            f"{out.name}: {memory.grown_bytes / size:.2f} of the model"
+        )
+        reports = [line for line in log if " % (" in line]
+        assert len(reports) >= 5, log
+        assert " 100 % (" in reports[-1]
+
+
+class PeakMemory:
+    """Growth of the memory of this process and its children while the block runs; pages of files do not count."""
+
+    def __enter__(self):
+        self._before, self.grown_bytes, self._stop = self._measure(), 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.005):
+            self.grown_bytes = max(self.grown_bytes, self._measure() - self._before)
+
+    @staticmethod
+    def _measure() -> int:
+        total = _anonymous_bytes("self")
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, OSError):
+                total += _private_bytes(child.pid)
+        return total
+
+
+def _anonymous_bytes(pid: str) -> int:
+    line = next(
+        line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssAnon")
+    )
+    return int(line.split()[1]) * 1024
+
+
+def _private_bytes(pid: int) -> int:
+    """Pages that a forked writer does not share with its parent."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty"))
+
+
+@contextlib.contextmanager
+def recorded(logger_name: str):
+    """The messages of a logger."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield messages
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def _convert_on_a_bad_disk(
+    rank: int, world_size: int, hf: Path, checkpoint: Path, out: Path, way: str
+) -> None:
+    """One number of what is read back differs from what was written."""
+    from megatron_gkd.checkpoint import hf as converter
+    from megatron_gkd.checkpoint.integrity import CheckpointError
+
+    allow_saving()
+    with student_groups(DP) as groups, pytest.MonkeyPatch.context() as patch:
+        if way == "import":
+            stream = converter.stream_weights
+
+            def streamed(*args):
+                for name, tensor in stream(*args):
+                    tensor.view(-1)[-1] += 1
+                    yield name, tensor
+
+            patch.setattr(converter, "stream_weights", streamed)
+            convert, source = converter.convert_hf_to_megatron, hf
+        else:
+            read = converter.HfFolder.read
+            patch.setattr(converter.HfFolder, "read", lambda self, *block: read(self, *block) + 1)
+            convert, source = converter.convert_megatron_to_hf, checkpoint
+        with pytest.raises(CheckpointError, match="is the disk sound"):
+            convert(source, out, groups, no_kernels(), CPU)
 
 
 def _convert_back(rank: int, world_size: int, jobs) -> None:

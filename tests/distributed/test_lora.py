@@ -225,7 +225,8 @@ def _differentiate(rank: int, world_size: int, config_file: Path, adapters: Path
 
 def _train(rank: int, world_size: int, config_file: Path) -> None:
     """From the base: three updates, and everything that leaves the run afterwards."""
-    from megatron_gkd.checkpoint.hf import export_adapters, export_weights
+    from megatron_gkd.checkpoint.hf import export_weights
+    from megatron_gkd.checkpoint.peft import export_adapters
     from megatron_gkd.train.probe import trainer_log_probs
 
     allow_saving()
@@ -318,7 +319,7 @@ def _start_from(rank: int, world_size: int, config_file: Path) -> None:
 
 
 def _export_peft(rank: int, world_size: int, checkpoint: Path, out: Path) -> None:
-    from megatron_gkd.checkpoint.hf import convert_megatron_to_peft
+    from megatron_gkd.checkpoint.peft import convert_megatron_to_peft
     from tests.support.on_ranks import no_kernels, student_groups
 
     with student_groups(DP) as groups:

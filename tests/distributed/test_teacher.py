@@ -167,8 +167,9 @@ def _load_heads(rank: int, world_size: int, folders: list[Path], converted: list
         layout = Layout(split.tp, split.pp, world_size)
         tp_rank, dp_rank, pp_rank = layout.coordinates(rank)
         is_last_stage = pp_rank == split.pp - 1
-        for multiple in (1, 128):  # 128 x TP2: the last shard of the small vocabulary is mostly padding
-            padded = -(-shapes.vocab_size // (multiple * split.tp)) * multiple * split.tp
+        # 128 x TP2: the last shard of the small vocabulary is mostly padding; 200: a student with fewer rows
+        multiples = (-(-shapes.vocab_size // m) * m for m in (split.tp, 128 * split.tp))
+        for padded in (*multiples, 200):
             shard_VH = load_head(
                 source,
                 shapes,
@@ -182,5 +183,5 @@ def _load_heads(rank: int, world_size: int, folders: list[Path], converted: list
             )
             assert (shard_VH is not None) == is_last_stage
             if is_last_stage:
-                full_VH = torch.cat([head_VH, head_VH.new_zeros(padded - len(head_VH), head_VH.shape[1])])
-                assert torch.equal(shard_VH, full_VH.chunk(split.tp)[tp_rank]), (source, split, multiple)
+                full_VH = torch.cat([head_VH, head_VH.new_zeros(padded, head_VH.shape[1])])[:padded]
+                assert torch.equal(shard_VH, full_VH.chunk(split.tp)[tp_rank]), (source, split, padded)

@@ -1,6 +1,7 @@
 """Rules between sections, against config.json and against the number of ranks; which models are supported:
 test_hf_shapes.py."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,29 @@ def test_different_vocabularies_are_refused(config_file, tmp_path):
         ConfigError, match=r"vocab_size=1003 and the teacher .*vocab_size=1004; both must use the same"
     ):
         load_config(config_file)
+
+
+@pytest.mark.parametrize(
+    ("student_rows", "teacher_rows", "num_ids", "is_accepted"),
+    [
+        (1003, 1024, 1000, True),
+        (1003, 1024, 1003, True),
+        (1003, 1024, 1004, False),
+        (1024, 1003, 1000, False),
+    ],
+)
+def test_a_teacher_may_have_more_rows_that_are_no_token(
+    config_file, tmp_path, student_rows, teacher_rows, num_ids, is_accepted
+):
+    for name, rows in (("student", student_rows), ("teacher", teacher_rows)):
+        folder = write_hf_config(tmp_path / name, vocab_size=rows)
+        tokenizer = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": num_ids - 1, "content": "<eos>"}]}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if is_accepted:
+        load_config(config_file)
+    else:
+        with pytest.raises(ConfigError, match=f"vocab_size={student_rows} and the teacher"):
+            load_config(config_file)
 
 
 def test_a_folder_without_config_json_is_refused(config_file, tmp_path):

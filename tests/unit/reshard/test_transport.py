@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_gkd.reshard import transport
 from megatron_gkd.reshard.layout import Slice
-from megatron_gkd.reshard.transport import HfFolder, MappedSafetensors, read_slices
+from megatron_gkd.reshard.transport import HfFolder, MappedSafetensors, find_difference, read_slices
 
 WHOLE = ((0, 4), (0, 6))
 
@@ -49,6 +50,37 @@ def test_only_the_asked_block_is_read_and_converted(tmp_path):
     parameter = torch.full((3, 3), -1.0, dtype=torch.bfloat16)
     read_slices({"p": parameter}, source, [Slice("p", ((1, 3), (0, 2)), "a", ((2, 4), (4, 6)))])
     assert parameter.tolist() == [[-1, -1, -1], [16, 17, -1], [22, 23, -1]]
+
+
+@pytest.mark.parametrize("max_elements", [1, 5, 12, 13, 1000])
+def test_reading_in_blocks_of_rows_gives_the_same_and_never_holds_more(tmp_path, monkeypatch, max_elements):
+    save_file({"a": torch.arange(24.0).view(4, 6), "b": torch.arange(7.0)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(transport, "_BLOCK_ELEMENTS", max_elements)
+    source, sizes = HfFolder(tmp_path), []
+    read = source.read
+    monkeypatch.setattr(
+        source, "read", lambda *block: sizes.append((result := read(*block)).numel()) or result
+    )
+    parameters = {"p": torch.full((5, 6), -1.0), "b": torch.zeros(7)}
+    slices = [Slice("p", ((1, 5), (0, 6)), "a", ((0, 4), (0, 6))), Slice("b", ((0, 7),), "b", ((0, 7),))]
+    read_slices(parameters, source, slices)
+    assert parameters["p"].tolist() == [[-1] * 6, *torch.arange(24.0).view(4, 6).tolist()]
+    assert parameters["b"].tolist() == list(range(7))
+    assert max(sizes) <= max(max_elements, 6), "a row is the least that is read"
+
+
+def test_a_difference_of_one_bit_is_found_and_nan_equals_itself(tmp_path):
+    weights = {"a": torch.tensor([[0.0, float("nan")], [2.0, 3.0]]), "b": torch.ones(2)}
+    save_file(weights, tmp_path / "model.safetensors")
+    slices = [Slice("p", ((0, 2), (0, 2)), "a", ((0, 2), (0, 2))), Slice("b", ((0, 2),), "b", ((0, 2),))]
+    own = {"p": weights["a"].clone(), "b": weights["b"].clone()}
+    assert find_difference(own, HfFolder(tmp_path), slices) is None
+    own["p"][0, 0] = -0.0
+    assert find_difference(own, HfFolder(tmp_path), slices) == "a"
+    assert (
+        find_difference(own | {"p": weights["a"], "b": torch.ones(2).bfloat16()}, HfFolder(tmp_path), slices)
+        == "b"
+    )
 
 
 def test_tensors_are_found_in_several_files_with_and_without_an_index(tmp_path):

@@ -23,8 +23,10 @@ def test_transformers_finds_every_weight_and_no_other(tmp_path, family, tied):
 def test_the_shapes_agree_with_transformers(tmp_path, family):
     write_tiny_model(tmp_path, family, vocab_size=300, num_groups=1, tied=False)
     shapes = load_hf_shapes(tmp_path)
-    weights = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    weights = model.state_dict()
     layer = "model.layers.0."
+    assert shapes.num_parameters == model.num_parameters()
     assert weights["lm_head.weight"].shape == (shapes.vocab_size, shapes.hidden_size)
     assert weights[layer + "self_attn.q_proj.weight"].shape[0] == shapes.num_attention_heads * shapes.head_dim
     assert weights[layer + "self_attn.k_proj.weight"].shape[0] == shapes.num_query_groups * shapes.head_dim

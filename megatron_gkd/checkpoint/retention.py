@@ -1,0 +1,52 @@
+"""Which checkpoints of a run stay: the newest ones, and the best by a metric. For one process; the others wait."""
+
+import logging
+import math
+import shutil
+from pathlib import Path
+
+from megatron_gkd.checkpoint.integrity import MANIFEST, read_manifest
+
+log = logging.getLogger(__name__)
+
+BEST = "best"
+"""Link beside the checkpoints to the best of them."""
+UNFINISHED = ".tmp"
+"""Ending of a folder that is being written or removed; it is never chosen."""
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Folders with a manifest, the oldest first; their files are not looked at."""
+    found = (p for p in folder.glob("iter_*") if p.suffix != UNFINISHED and (p / MANIFEST).is_file())
+    return sorted(found)
+
+
+def find_best(folder: Path, metric: str) -> Path | None:
+    """The checkpoint with the lowest finite value of ``metric``, the newest of equal ones; ``None`` if none has one."""
+    best, lowest = None, math.inf
+    for checkpoint in complete_checkpoints(folder):
+        value = read_manifest(checkpoint).get("metrics", {}).get(metric)
+        if value is not None and math.isfinite(value) and value <= lowest:
+            best, lowest = checkpoint, value
+    return best
+
+
+def link_best(best: Path) -> None:
+    """Point the link at ``best``; a reader finds the old or the new one at any time."""
+    link = best.parent / BEST
+    aside = link.with_name(BEST + UNFINISHED)
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(best.name)
+    aside.replace(link)
+
+
+def remove_superseded(folder: Path, *, keep_last: int, best: Path | None) -> None:
+    """Remove all checkpoints but the newest ``keep_last`` (0: all stay) and ``best``, and what unfinished saves left."""
+    superseded = complete_checkpoints(folder)[:-keep_last] if keep_last else []
+    for checkpoint in superseded:
+        if checkpoint != best:
+            # from here on nobody can choose it while it is half gone
+            checkpoint.rename(checkpoint.with_name(checkpoint.name + UNFINISHED))
+            log.info("Removing checkpoint %s", checkpoint)
+    for unfinished in folder.glob(f"iter_*{UNFINISHED}"):
+        shutil.rmtree(unfinished)

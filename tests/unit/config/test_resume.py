@@ -1,0 +1,130 @@
+"""What may differ between a checkpoint's configuration and that of the run which resumes it. That the run then really uses
+the new values: tests/distributed/test_checkpoint_store.py and tests/e2e."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_gkd.config import ConfigError, GkdConfig, load_config
+from megatron_gkd.config.explain import all_keys
+from megatron_gkd.config.resume import FIXED, FREE, check_resume, permitted_changes
+
+
+@pytest.fixture
+def run(config_file: Path, tmp_path: Path) -> Path:
+    """The file of a run that has written two checkpoints."""
+    tree = yaml.safe_load(config_file.read_text())
+    tree["train"]["output_dir"] = str(tmp_path / "run")
+    config_file.write_text(yaml.safe_dump(tree))
+    for iteration in (1, 2):
+        _write_checkpoint(load_config(config_file), iteration)
+    return config_file
+
+
+def test_an_unchanged_configuration_resumes(run):
+    config = load_config(run)
+    check_resume(config)
+    assert permitted_changes(_folder(config, 2), config) == []
+
+
+def test_a_run_without_checkpoints_starts(config_file):
+    check_resume(load_config(config_file))
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "old", "new"),
+    [
+        ("optim.lr=0.5", "optim.lr", "1e-05", "0.5"),
+        ("gkd.lmbda=0.25", "gkd.lmbda", "0.5", "0.25"),
+        ("data.shuffle=false", "data.shuffle", "True", "False"),
+        ("rollout={kind: megatron}", "rollout.kind", "'sglang'", "'megatron'"),
+    ],
+)
+def test_a_change_is_refused_with_both_values_and_accepted_when_it_is_allowed(run, override, key, old, new):
+    with pytest.raises(ConfigError) as caught:
+        check_resume(load_config(run, [override]))
+    message = str(caught.value)
+    assert f"{key} (was {old}, is {new})" in message
+    assert "iter_0000002 was written with another configuration" in message
+    for allowed in (key, key.partition(".")[0]):
+        config = load_config(run, [override, f"checkpoint.allow_changes=[{allowed}]"])
+        check_resume(config)
+        assert key in [change.key for change in permitted_changes(_folder(config, 2), config)]
+
+
+def test_the_message_holds_the_words_that_allow_all_changes(run):
+    overrides = ["optim.lr=0.5", "gkd.lmbda=0.25", "checkpoint.allow_changes=[loss]", "loss.beta=0.1"]
+    with pytest.raises(ConfigError) as caught:
+        check_resume(load_config(run, overrides))
+    advice = "checkpoint.allow_changes=[loss,optim.lr,gkd.lmbda]"
+    assert set(_listed(str(caught.value))) == set(_listed(advice))
+    check_resume(
+        load_config(run, [*overrides, "checkpoint.allow_changes=[" + ",".join(_listed(advice)) + "]"])
+    )
+
+
+def _listed(text: str) -> list[str]:
+    return text.rpartition("allow_changes=[")[2].rstrip("]").split(",")
+
+
+def test_what_is_computed_where_may_change_freely_and_is_reported(run):
+    overrides = [
+        "student.parallel.tensor_model_parallel_size=2",
+        "train.micro_batch_size=2",
+        "train.train_iters=9",
+        "rollout.start_timeout_s=9",
+        "loss.tokens_per_chunk=9",
+        "logging.num_samples=9",
+    ]
+    config = load_config(run, overrides)
+    check_resume(config)
+    reported = {str(change) for change in permitted_changes(_folder(config, 2), config)}
+    assert "train.train_iters (was 2, is 9)" in reported
+    assert len(reported) == len(overrides)
+
+
+def test_a_path_spelled_otherwise_is_no_change(run, tmp_path):
+    config = load_config(run, [f"teacher.hf={tmp_path}/./teacher/"])
+    assert permitted_changes(_folder(config, 2), config) == []
+
+
+@pytest.mark.parametrize("override", ["optim.use_distributed_optimizer=true", "train.precision=fp32"])
+def test_what_decides_the_form_of_the_optimizer_state_cannot_be_allowed(run, override):
+    key = override.partition("=")[0]
+    with pytest.raises(
+        ConfigError, match=f"cannot be continued with {key}.*student.checkpoint=.*iter_0000002"
+    ):
+        check_resume(load_config(run, [override, f"checkpoint.allow_changes=[{key}]"]))
+
+
+def test_the_newest_checkpoint_counts(run):
+    changed = load_config(run, ["optim.lr=0.5"])
+    _write_checkpoint(changed, 3)
+    check_resume(changed)
+    with pytest.raises(ConfigError, match="iter_0000003"):
+        check_resume(load_config(run))
+
+
+def test_a_run_that_does_not_resume_may_change_anything(run):
+    check_resume(load_config(run, ["optim.lr=0.5", "checkpoint.resume=false"]))
+
+
+def test_a_name_that_is_no_key_is_refused_with_the_nearest(run):
+    with pytest.raises(ConfigError, match=r"names 'optim.lrr', which is no key; did you mean 'optim.lr'"):
+        load_config(run, ["checkpoint.allow_changes=[optim.lrr]"])
+
+
+def test_every_name_in_the_lists_is_a_key():
+    assert {*FREE, *FIXED} <= set(all_keys(GkdConfig))
+
+
+def _folder(config: GkdConfig, iteration: int) -> Path:
+    return config.checkpoint_dir / f"iter_{iteration:07d}"
+
+
+def _write_checkpoint(config: GkdConfig, iteration: int) -> None:
+    folder = _folder(config, iteration)
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"config": config.model_dump(mode="json")}))
