@@ -27,8 +27,6 @@ def find_file_problems(config: "GkdConfig") -> list[str]:
     problems = [
         *_batch_problems(config),
         *_embedded_engine_problems(config),
-        *_loss_problems(config),
-        *_estimator_problems(config),
         *_unknown_key_problems(config),
         *_data_problems(config.data, config.evaluation),
         *_loss_problems(config),
