@@ -97,7 +97,7 @@ MISTAKES = {
         ["student.hf=null", "student.checkpoint=FOLDER/half"], ["student.checkpoint", "was not finished"],
     ),
     "different vocabulary sizes": (
-        lambda f: write_tiny_model(f / "teacher", vocab_size=TOKENIZER_SIZE + 8), [], [f"vocab_size={TOKENIZER_SIZE + 8}", "same vocabulary"],
+        lambda f: write_tiny_model(f / "student", vocab_size=TOKENIZER_SIZE + 8), [], [f"vocab_size={TOKENIZER_SIZE + 8}", "same vocabulary"],
     ),
     "same size, other tokens": (other_tokens, [], ["teacher", "token"]),
     "TP that does not divide": (
