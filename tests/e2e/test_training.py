@@ -156,8 +156,21 @@ def test_sglang_generates_every_iteration_and_its_death_ends_the_run_in_order(tm
     assert not [p for p in killed if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     iteration = status["iteration"]
     assert (run / "checkpoints" / f"iter_{iteration:07d}" / "manifest.json").is_file()
-    output = train(config, "rollout={kind: megatron}", f"train.train_iters={iteration + 1}")
+    changes = [
+        "rollout={kind: megatron}",
+        "optim.lr=1e-3",
+        "gkd.lmbda=1",
+        f"train.train_iters={iteration + 1}",
+    ]
+    refused = subprocess.run(training_command(config, *changes), capture_output=True, text=True)
+    assert "optim.lr (was 0.003, is 0.001)" in refused.stderr
+    allowed = "checkpoint.allow_changes=[rollout.kind,gkd.lmbda,optim.lr]"
+    assert allowed in refused.stderr
+    output = train(config, *changes, allowed)
     assert f"iteration {iteration}" in output
+    assert "Changed since the checkpoint: gkd.lmbda (was 0.5, is 1.0)" in output
+    assert read_metrics(run)[-1]["rollout/on_policy_share"] == 1
+    assert read_metrics(run)[-1]["lr"] <= 1e-3 < read_metrics(run)[-2]["lr"]
     assert [line["iteration"] for line in read_metrics(run)] == list(range(1, iteration + 2))
 
 
