@@ -85,7 +85,7 @@ def test_validation_and_training_see_the_loss_of_dense_models(run_on_ranks, mode
     for job in jobs:
         measured = json.loads((job.parent / "measured.json").read_text())
         assert measured["tokens"] == 30
-        # measured: 5e-7
+        # measured on one rank: 9e-8 and 2e-8
         assert measured["validation"] == pytest.approx(expected, rel=2e-6), job.parent.name
         assert measured["training"] == pytest.approx(expected, rel=2e-6), job.parent.name
         assert measured["after the update"] != measured["validation"]
@@ -96,10 +96,11 @@ def _validate_and_train(rank: int, world_size: int, config_files: list[Path]) ->
 
     for file in config_files:
         config = load_config(file)
-        outcomes = [_run(config, rank, world_size, with_validation=flag) for flag in (True, False)]
-        (values, result, weights), (_, plain_result, plain_weights) = outcomes
-        assert result == plain_result, "the update after a validation is another one"
-        assert all(torch.equal(weights[name], plain_weights[name]) for name in weights)
+        values, result, weights = _run(config, rank, world_size, with_validation=True)
+        if file == config_files[0]:
+            _, plain_result, plain_weights = _run(config, rank, world_size, with_validation=False)
+            assert result == plain_result, "the update after a validation is another one"
+            assert all(torch.equal(weights[name], plain_weights[name]) for name in weights)
         if rank == 0:
             (file.parent / "measured.json").write_text(json.dumps(values))
 
