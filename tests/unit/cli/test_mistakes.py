@@ -117,6 +117,27 @@ MISTAKES = {
     "sequences too long": (None, ["data.max_prompt_length=9999"], ["data.max_prompt_length=9999", "max_position_embeddings", "shorten"]),
     "min_lr above lr": (None, ["optim.min_lr=1"], ["min_lr=1.0", "lr=0.003", "lower min_lr"]),
     "warm-up longer than the run": (None, ["optim.warmup_iters=9"], ["optim.warmup_iters=9", "train.train_iters=4"]),
+    "warm-up longer than the epochs": (
+        None, ["train={train_iters: 0, epochs: 0.5}", "optim.warmup_iters=9"],
+        ["train.epochs=0.5 of 20 prompts", "optim.warmup_iters=9", "train.train_iters=2"],
+    ),
+    "epochs of a stream": (
+        None, ["train={train_iters: 0, epochs: 1}", "data.streaming=true"],
+        ["train.epochs=1", "streamed", "set train.train_iters"],
+    ),
+    "epochs and iterations": (None, ["train.epochs=1"], ["train_iters and epochs", "set one to 0"]),
+    "misspelt frozen weight": (
+        None, ["student.freeze=[model.embed_token.weight]"], ["student.freeze", "embed_token.", "near names: model.embed_tokens.weight"],
+    ),
+    "misspelt weight without decay": (
+        None, ["optim.no_weight_decay=['*.q_norms.*']"], ["optim.no_weight_decay", "'*.q_norms.*' matches no tensor"],
+    ),
+    "a part of a fused weight": (
+        None, ["student.freeze=['*.q_proj.weight']"], ["student.freeze", "linear_qkv", "match all of them or none"],
+    ),
+    "adapters and frozen weights": (
+        None, ["student.lora.rank=4", "student.freeze=['*norm.weight']"], ["freeze=", "lora.rank=4", "remove freeze"],
+    ),
     "no prompt file": (None, ["data.prompts=nowhere.jsonl"], ["data.prompts", "nowhere.jsonl"]),
     "empty prompt file": (lambda f: prompts(f, ""), [], ["prompts.jsonl", "no usable prompt"]),
     "prompt file that is no JSON": (lambda f: prompts(f, "Hello\n"), [], ["prompts.jsonl:1", "data.max_bad_rows=0"]),
