@@ -4,22 +4,33 @@ The loss under test and a dense float64 reference see the same small problem: tw
 not full, over a vocabulary with padding. Value, gradient of the hidden states and gradient of the head are compared, with
 a random weight for each token.
 
-Inputs lie on a binary grid on which float32 (and bfloat16) form the logits without rounding in any order: what is measured
-is the loss, and the rounding of the two products that make the gradients.
+The logits are formed without rounding: what is measured is the loss, and the rounding of the two products that make the
+gradients.
 
 Shapes: T = tokens, V = vocabulary entries held by this rank, H = hidden size, K = known entries.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_gkd.losses.chunked import Layer
-from megatron_gkd.losses.linear import Goal, entry_goal, label_goal, logit_goal, weighted_loss
+from megatron_gkd.losses.certificate_problem import (
+    TOP_K,
+    Case,
+    Problem,
+    Shard,
+    known_entries,
+    make_problem,
+    rounded,
+    rows_of_rank,
+    shard_of,
+)
+from megatron_gkd.losses.goals import Goal, entry_goal, label_goal, logit_goal
+from megatron_gkd.losses.linear import weighted_loss
 from megatron_gkd.losses.objective import Objective
 from megatron_gkd.losses.reference import (
     dense_cross_entropy,
@@ -40,73 +51,9 @@ TOLERANCES = {
 """Largest relative L2 error of the value and of a gradient. The gradients of hidden states and head come out of products in
 the format of the inputs, which round."""
 
-_HIDDEN, _TEACHER_HIDDEN, _TOP_K = 32, 48, 9
-
 
 class CertificateError(RuntimeError):
     """The loss is not what its formula says, so nothing may be trained with it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A loss to certify.
-
-    Attributes:
-        objective: The divergence; ``None`` for cross-entropy alone. A support takes 9 entries; ``sampled`` is certified
-            with a head that holds the whole vocabulary, where it is exact.
-        dtype: Number format of hidden states and heads.
-        tokens_per_chunk: Rows of a chunk.
-        sft_weight: Share of the cross-entropy.
-        from_entries: The teacher sends its 9 most probable entries instead of hidden states.
-    """
-
-    objective: Objective | None
-    dtype: torch.dtype = torch.float32
-    tokens_per_chunk: int = 256
-    sft_weight: float = 0.0
-    from_entries: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        """One chunk, and a second that is not full."""
-        return self.tokens_per_chunk + max(1, min(self.tokens_per_chunk // 3, 40))
-
-    def __str__(self) -> str:
-        if self.objective is None:
-            return "cross_entropy"
-        parts = [self.objective.divergence]
-        if self.from_entries:
-            parts.append("received")
-        if self.objective.support != "full":
-            parts.append(self.objective.support)
-        if self.objective.support in ("teacher_top_k", "student_top_k", "union"):
-            parts.append(self.objective.tail)
-        if self.objective.support == "token":
-            parts.append(self.objective.estimator + " reward" * self.objective.policy_gradient)
-        return " ".join(parts + ["+ cross_entropy"] * (self.sft_weight > 0))
-
-
-class Problem(NamedTuple):
-    """The whole problem in float64, equal on all ranks."""
-
-    student_TH: Tensor
-    student_head_VH: Tensor
-    teacher_TH: Tensor
-    teacher_head_VH: Tensor
-    labels_T: Tensor
-    weight_T: Tensor
-
-
-class Shard(NamedTuple):
-    """What the loss under test gets: this rank's part, in the number format of the case."""
-
-    student: Layer
-    teacher: Layer
-    labels_T: Tensor
-    ids_TK: Tensor
-    log_probs_TK: Tensor
-    weight_T: Tensor
-    valid_vocab_size: int
 
 
 LossUnderTest = Callable[[Shard], tuple[Tensor, Tensor]]
@@ -158,9 +105,9 @@ def certify(
     """
     group = split_over(group)
     rank, tp_size = (0, 1) if group is None else (group.rank(), group.size())
-    problem = _make_problem(case.num_tokens, 61 * tp_size)
+    problem = make_problem(case.num_tokens, 61 * tp_size)
     case = _scaled_down(case, len(problem.student_head_VH))
-    shard = _shard_of(problem, case, rank, tp_size, device)
+    shard = shard_of(problem, case, rank, tp_size, device)
     total, loss_T = (loss or _own_loss(case, group))(shard)
     total.backward()
     head_grad_VH, student_grad_TH = shard.student.head_VH.grad, shard.student.hidden_TH.grad
@@ -170,7 +117,7 @@ def certify(
     whole_student_TH = student_grad_TH.double()
     if group is not None:
         dist.all_reduce(whole_student_TH, group=group)
-    want_rows_VH = _rows_of_rank(want_head_VH, rank, tp_size, fill=0.0)
+    want_rows_VH = rows_of_rank(want_head_VH, rank, tp_size, fill=0.0)
     squares = torch.stack(
         [(head_grad_VH.double().cpu() - want_rows_VH).square().sum(), want_rows_VH.square().sum()]
     ).to(device)
@@ -215,71 +162,19 @@ def _divergence_goal(case: Case, objective: Objective, shard: Shard, group: Grou
     return logit_goal(shard.student, shard.teacher, objective, shard.labels_T, weight=weight, group=group)
 
 
-def _make_problem(num_tokens: int, vocab: int) -> Problem:
-    rng = torch.Generator().manual_seed(0)
-
-    def on_grid(rows: int, columns: int, std: float, step: float) -> Tensor:
-        return (torch.randn(rows, columns, generator=rng, dtype=torch.float64) * std / step).round() * step
-
-    teacher_TH = on_grid(num_tokens, _TEACHER_HIDDEN, 1.0, 2**-4)
-    teacher_head_VH = on_grid(vocab, _TEACHER_HIDDEN, 3.0 / _TEACHER_HIDDEN**0.5, 2**-5)
-    student_TH = teacher_TH[:, :_HIDDEN] + on_grid(num_tokens, _HIDDEN, 0.3, 2**-4)
-    student_head_VH = teacher_head_VH[:, :_HIDDEN] + on_grid(vocab, _HIDDEN, 0.1, 2**-5)
-    labels_T = torch.randint(vocab, (num_tokens,), generator=rng)
-    weight_T = torch.rand(num_tokens, generator=rng).double()
-    return Problem(student_TH, student_head_VH, teacher_TH, teacher_head_VH, labels_T, weight_T)
-
-
 def _scaled_down(case: Case, vocab: int) -> Case:
     """With the number of entries that the problem has."""
     if case.objective is None:
         return case
-    top_k = vocab if case.objective.support == "sampled" else _TOP_K
+    top_k = vocab if case.objective.support == "sampled" else TOP_K
     return replace(case, objective=replace(case.objective, top_k=top_k))
-
-
-def _shard_of(problem: Problem, case: Case, rank: int, tp_size: int, device: torch.device) -> Shard:
-    def placed(x: Tensor) -> Tensor:
-        return x.to(device, case.dtype, copy=True)
-
-    heads = (problem.student_head_VH, problem.teacher_head_VH)
-    student_head_VH, teacher_head_VH = (
-        placed(_rows_of_rank(head, rank, tp_size, fill=7.0)) for head in heads
-    )
-    student = Layer(placed(problem.student_TH).requires_grad_(), student_head_VH.requires_grad_())
-    ids_TK, log_probs_TK = _known_entries(problem, case)
-    return Shard(
-        student,
-        Layer(placed(problem.teacher_TH), teacher_head_VH),
-        problem.labels_T.to(device),
-        ids_TK.to(device),
-        log_probs_TK.to(device),
-        problem.weight_T.float().to(device),
-        len(problem.student_head_VH),
-    )
-
-
-def _rows_of_rank(head_VH: Tensor, rank: int, tp_size: int, fill: float) -> Tensor:
-    """This rank's rows, after padding to 64 for each rank."""
-    padding = head_VH.new_full((64 * tp_size - len(head_VH), head_VH.shape[1]), fill)
-    return torch.cat([head_VH, padding]).chunk(tp_size)[rank]
-
-
-def _known_entries(problem: Problem, case: Case) -> tuple[Tensor, Tensor]:
-    """([T, K] ids, log-probabilities in float32) that a teacher would send; rows know different numbers of them."""
-    logits_TV = _rounded(problem.teacher_TH @ problem.teacher_head_VH.T, case.dtype)
-    temperature = 1.0 if case.objective is None else case.objective.temperatures.teacher
-    log_p_TV = (logits_TV / temperature).log_softmax(-1).float()
-    ids_TK = log_p_TV.topk(_TOP_K, -1).indices
-    num_known_T1 = (torch.arange(len(ids_TK)) % _TOP_K + 1).unsqueeze(-1)
-    return ids_TK.where(torch.arange(_TOP_K) < num_known_T1, -1), log_p_TV.gather(1, ids_TK)
 
 
 def _reference(problem: Problem, case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """(loss_T, gradient of the hidden states, gradient of the head) in float64."""
     student_TH = problem.student_TH.clone().requires_grad_()
     head_VH = problem.student_head_VH.clone().requires_grad_()
-    student_TV = _rounded(student_TH @ head_VH.T, case.dtype)
+    student_TV = rounded(student_TH @ head_VH.T, case.dtype)
     value_T = surrogate_T = torch.zeros_like(problem.weight_T)
     if case.objective is not None:
         value_T, surrogate_T = _reference_divergence(problem, case, case.objective, student_TV)
@@ -299,20 +194,20 @@ def _reference_divergence(
     """[T] (the loss, what has its gradient), with the limit and the factor of the objective."""
     x_TV = student_TV / objective.temperatures.student
     y_TV = (
-        _rounded(problem.teacher_TH @ problem.teacher_head_VH.T, case.dtype) / objective.temperatures.teacher
+        rounded(problem.teacher_TH @ problem.teacher_head_VH.T, case.dtype) / objective.temperatures.teacher
     )
-    how = {"beta": objective.beta, "alpha": objective.alpha, "weight": objective.weight}
+    how: dict[str, Any] = {"beta": objective.beta, "alpha": objective.alpha, "weight": objective.weight}
     if objective.support == "token":
         value_T, surrogate_T = dense_estimate(
             x_TV, y_TV, problem.labels_T, objective.estimator, objective.policy_gradient
         )
     elif case.from_entries:
-        known = dense_known(*_known_entries(problem, case), y_TV.shape[1])
+        known = dense_known(*known_entries(problem, case), y_TV.shape[1])
         value_T = surrogate_T = dense_top_k(x_TV, *known, objective.divergence, objective.tail, **how)
     elif objective.support in ("full", "sampled"):
         value_T = surrogate_T = dense_divergence(x_TV, y_TV, objective.divergence, **how)
     else:
-        mask_TV = dense_support(x_TV, y_TV, objective.support, _TOP_K)
+        mask_TV = dense_support(x_TV, y_TV, objective.support, TOP_K)
         p_TV = y_TV.softmax(-1)
         value_T = surrogate_T = dense_top_k(x_TV, mask_TV, p_TV, objective.divergence, objective.tail, **how)
     if objective.max_token_loss is not None:
@@ -320,8 +215,3 @@ def _reference_divergence(
         surrogate_T = torch.where(value_T.abs() > limit, 0.0, surrogate_T)
         value_T = value_T.clamp(-limit, limit)
     return objective.scale * value_T, objective.scale * surrogate_T
-
-
-def _rounded(logits_TV: Tensor, dtype: torch.dtype) -> Tensor:
-    """``logits_TV`` in the format of their product, with the gradient of ``logits_TV``."""
-    return logits_TV + (logits_TV.to(dtype).double() - logits_TV).detach()

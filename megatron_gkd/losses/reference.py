@@ -5,6 +5,8 @@ The reference of the certificate and of every loss test. It shares no code with 
 Shapes: T = tokens, V = the whole vocabulary, H = hidden size.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def dense_divergence(
     teacher_temperature: float | None = None,
     temperature_squared: bool = False,
     max_token_loss: float | None = None,
-    **parameters: float,
+    **parameters: Any,
 ) -> Tensor:
     """[T] divergence in nats; logits must be float64."""
     assert student_TV.dtype == teacher_TV.dtype == torch.float64

@@ -14,7 +14,8 @@ from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.loss import LossConfig
 from megatron_gkd.losses.certificate import Case, CertificateError, certify
 from megatron_gkd.losses.chunked import Layer, WeightedLoss
-from megatron_gkd.losses.linear import Goal, entry_goal, label_goal, logit_goal, weighted_loss
+from megatron_gkd.losses.goals import Goal, entry_goal, label_goal, logit_goal
+from megatron_gkd.losses.linear import weighted_loss
 from megatron_gkd.losses.objective import Objective
 from megatron_gkd.losses.softmax import Group
 from megatron_gkd.parallel.collectives import any_rank

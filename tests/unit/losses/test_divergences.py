@@ -117,5 +117,5 @@ def test_the_configuration_knows_the_same_names():
 
 @pytest.mark.parametrize("policy_gradient", [False, True])
 def test_an_unknown_estimator_is_named_with_the_fix(policy_gradient):
-    with pytest.raises(ValueError, match=r"unknown estimator 'k4'; loss.estimator is one of k1, k2, k3"):
+    with pytest.raises(ValueError, match=r"unknown estimator 'k4'; loss\.estimator is one of k1, k2, k3"):
         make_estimator("k4", policy_gradient=policy_gradient)

@@ -93,6 +93,39 @@ def test_value_and_both_gradients_are_those_of_float64(name, how, is_weighted, d
         assert relative_error(head.grad, 3 * want_head) <= bound
 
 
+@pytest.mark.parametrize(("name", "how"), DIVERGENCE_CASES, ids=CASE_NAMES)
+@pytest.mark.parametrize("is_weighted", [False, True], ids=["per token", "weighted sum"])
+def test_biases_soft_caps_and_the_mix_with_cross_entropy(name, how, is_weighted):
+    case = Case(name, how)
+    student, head = (x.clone().requires_grad_() for x in case.inputs[:2])
+    biases = make_linear_inputs(tokens=2).student_head_VH[:, :2].T.contiguous()
+    bias = biases[0].clone().requires_grad_()
+    teacher_logits = case.inputs.teacher_TH @ case.inputs.teacher_head_VH.T + biases[1]
+    logits = student @ head.T + bias
+    divergence = dense_divergence(logits, 5 * torch.tanh(0.5 * teacher_logits / 5), name, **how)
+    want = 0.7 * divergence + 0.3 * dense_cross_entropy(logits, case.labels)
+    (want * case.upstream).sum().backward()
+    mine, my_head = case.leaves(torch.float32)
+    my_bias = biases[0].float().requires_grad_()
+    upstream = case.upstream.float()
+    result = case.loss(
+        mine,
+        my_head,
+        student_bias_V=my_bias,
+        teacher_bias_V=biases[1].float(),
+        teacher_scale=0.5,
+        teacher_soft_cap=5.0,
+        labels_T=case.labels,
+        sft_weight=0.3,
+        tokens_per_chunk=7,
+        token_weight_T=upstream if is_weighted else None,
+    )
+    total, loss = result if is_weighted else ((result * upstream).sum(), result)
+    total.backward()
+    pairs = ((loss, want), (mine.grad, student.grad), (my_head.grad, head.grad), (my_bias.grad, bias.grad))
+    assert max(relative_error(got, wanted) for got, wanted in pairs) <= 1e-6
+
+
 @pytest.mark.parametrize("name", [*DIVERGENCES, "cross_entropy"])
 @pytest.mark.parametrize("is_weighted", [False, True], ids=["per token", "weighted sum"])
 def test_with_bfloat16_inputs_only_the_products_are_rounded(name, is_weighted):
@@ -265,6 +298,9 @@ def zeros(*shape, dtype=torch.float32):
             "torch.bfloat16 but its head is torch.float32; cast",
         ),
         ({"token_weight_T": zeros(5)}, r"token_weight_T \(5,\) does not fit hidden states \(4, 6\)"),
+        ({"student_bias_V": zeros(11)}, r"student bias \(11,\) does not fit its head \(12, 6\)"),
+        ({"sft_weight": 0.5}, "sft_weight 0.5 needs labels_T"),
+        ({"sft_weight": 1.5}, r"sft_weight 1.5 .* lies in \[0, 1\]"),
         ({"tokens_per_chunk": 0}, "tokens_per_chunk 0 is not at least 1"),
         ({"valid_vocab_size": 0}, r"valid_vocab_size 0 is not in \[1, 12\]"),
     ],

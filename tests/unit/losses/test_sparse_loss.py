@@ -16,6 +16,10 @@ from megatron_gkd.losses import (
     softmax,
     top_k_distill_loss,
 )
+from megatron_gkd.losses.chunked import Layer
+from megatron_gkd.losses.goals import logit_goal
+from megatron_gkd.losses.linear import weighted_loss
+from megatron_gkd.losses.objective import Objective
 from megatron_gkd.losses.reference import dense_divergence, dense_known, dense_top_k, relative_error
 from tests.support.loss_cases import (
     TOP_K_CASES,
@@ -168,10 +172,6 @@ def test_the_sampled_support_estimates_value_and_gradient_without_bias(name):
 
 def test_the_reported_variance_is_that_of_the_estimate():
     inputs = make_linear_inputs(tokens=2, vocab=200)
-    from megatron_gkd.losses.chunked import Layer
-    from megatron_gkd.losses.linear import logit_goal, weighted_loss
-    from megatron_gkd.losses.objective import Objective
-
     torch.manual_seed(2)
     repeated = [x.repeat_interleave(3000, 0) if i % 2 == 0 else x for i, x in enumerate(inputs)]
     student, teacher = Layer(*repeated[:2]), Layer(*repeated[2:])

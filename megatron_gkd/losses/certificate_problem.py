@@ -1,0 +1,138 @@
+"""The small problem that a loss is certified on: inputs equal on all ranks, and the shard of one rank.
+
+Inputs lie on a binary grid on which float32 (and bfloat16) form the logits without rounding in any order.
+
+Shapes: T = tokens, V = vocabulary entries held by this rank, H = hidden size, K = known entries.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_gkd.losses.chunked import Layer
+from megatron_gkd.losses.objective import Objective
+
+TOP_K = 9
+_HIDDEN, _TEACHER_HIDDEN = 32, 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A loss to certify.
+
+    Attributes:
+        objective: The divergence; ``None`` for cross-entropy alone. A support takes 9 entries; ``sampled`` is certified
+            with a head that holds the whole vocabulary, where it is exact.
+        dtype: Number format of hidden states and heads.
+        tokens_per_chunk: Rows of a chunk.
+        sft_weight: Share of the cross-entropy.
+        from_entries: The teacher sends its 9 most probable entries instead of hidden states.
+    """
+
+    objective: Objective | None
+    dtype: torch.dtype = torch.float32
+    tokens_per_chunk: int = 256
+    sft_weight: float = 0.0
+    from_entries: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """One chunk, and a second that is not full."""
+        return self.tokens_per_chunk + max(1, min(self.tokens_per_chunk // 3, 40))
+
+    def __str__(self) -> str:
+        if self.objective is None:
+            return "cross_entropy"
+        parts = [self.objective.divergence]
+        if self.from_entries:
+            parts.append("received")
+        if self.objective.support != "full":
+            parts.append(self.objective.support)
+        if self.objective.support in ("teacher_top_k", "student_top_k", "union"):
+            parts.append(self.objective.tail)
+        if self.objective.support == "token":
+            parts.append(self.objective.estimator + " reward" * self.objective.policy_gradient)
+        return " ".join(parts + ["+ cross_entropy"] * (self.sft_weight > 0))
+
+
+class Problem(NamedTuple):
+    """The whole problem in float64, equal on all ranks."""
+
+    student_TH: Tensor
+    student_head_VH: Tensor
+    teacher_TH: Tensor
+    teacher_head_VH: Tensor
+    labels_T: Tensor
+    weight_T: Tensor
+
+
+class Shard(NamedTuple):
+    """What the loss under test gets: this rank's part, in the number format of the case."""
+
+    student: Layer
+    teacher: Layer
+    labels_T: Tensor
+    ids_TK: Tensor
+    log_probs_TK: Tensor
+    weight_T: Tensor
+    valid_vocab_size: int
+
+
+def make_problem(num_tokens: int, vocab: int) -> Problem:
+    """Correlated student and teacher with logits of standard deviation about 3."""
+    rng = torch.Generator().manual_seed(0)
+
+    def on_grid(rows: int, columns: int, std: float, step: float) -> Tensor:
+        return (torch.randn(rows, columns, generator=rng, dtype=torch.float64) * std / step).round() * step
+
+    teacher_TH = on_grid(num_tokens, _TEACHER_HIDDEN, 1.0, 2**-4)
+    teacher_head_VH = on_grid(vocab, _TEACHER_HIDDEN, 3.0 / _TEACHER_HIDDEN**0.5, 2**-5)
+    student_TH = teacher_TH[:, :_HIDDEN] + on_grid(num_tokens, _HIDDEN, 0.3, 2**-4)
+    student_head_VH = teacher_head_VH[:, :_HIDDEN] + on_grid(vocab, _HIDDEN, 0.1, 2**-5)
+    labels_T = torch.randint(vocab, (num_tokens,), generator=rng)
+    weight_T = torch.rand(num_tokens, generator=rng).double()
+    return Problem(student_TH, student_head_VH, teacher_TH, teacher_head_VH, labels_T, weight_T)
+
+
+def shard_of(problem: Problem, case: Case, rank: int, tp_size: int, device: torch.device) -> Shard:
+    """A rank's part of the problem, its leaves ready for a gradient."""
+
+    def placed(x: Tensor) -> Tensor:
+        return x.to(device, case.dtype, copy=True)
+
+    heads = (problem.student_head_VH, problem.teacher_head_VH)
+    student_head_VH, teacher_head_VH = (placed(rows_of_rank(head, rank, tp_size, fill=7.0)) for head in heads)
+    student = Layer(placed(problem.student_TH).requires_grad_(), student_head_VH.requires_grad_())
+    ids_TK, log_probs_TK = known_entries(problem, case)
+    return Shard(
+        student,
+        Layer(placed(problem.teacher_TH), teacher_head_VH),
+        problem.labels_T.to(device),
+        ids_TK.to(device),
+        log_probs_TK.to(device),
+        problem.weight_T.float().to(device),
+        len(problem.student_head_VH),
+    )
+
+
+def rows_of_rank(head_VH: Tensor, rank: int, tp_size: int, fill: float) -> Tensor:
+    """This rank's rows, after padding to 64 for each rank."""
+    padding = head_VH.new_full((64 * tp_size - len(head_VH), head_VH.shape[1]), fill)
+    return torch.cat([head_VH, padding]).chunk(tp_size)[rank]
+
+
+def known_entries(problem: Problem, case: Case) -> tuple[Tensor, Tensor]:
+    """([T, K] ids, log-probabilities in float32) that a teacher would send; rows know different numbers of them."""
+    logits_TV = rounded(problem.teacher_TH @ problem.teacher_head_VH.T, case.dtype)
+    temperature = 1.0 if case.objective is None else case.objective.temperatures.teacher
+    log_p_TV = (logits_TV / temperature).log_softmax(-1).float()
+    ids_TK = log_p_TV.topk(TOP_K, -1).indices
+    num_known_T1 = (torch.arange(len(ids_TK)) % TOP_K + 1).unsqueeze(-1)
+    return ids_TK.where(torch.arange(TOP_K) < num_known_T1, -1), log_p_TV.gather(1, ids_TK)
+
+
+def rounded(logits_TV: Tensor, dtype: torch.dtype) -> Tensor:
+    """``logits_TV`` in the format of their product, with the gradient of ``logits_TV``."""
+    return logits_TV + (logits_TV.to(dtype).double() - logits_TV).detach()
