@@ -319,12 +319,11 @@ class Progress:
     """Loader and counters of a run that takes all completions from data."""
 
     def __init__(self, config):
-        from megatron_gkd.data.tokenizer import load_tokenizer
-        from megatron_gkd.train.build import build_loader
+        from megatron_gkd.train.inputs import build_prompts, build_tokenizer
         from megatron_gkd.train.state import TrainState
 
         self.config, self.state = config, TrainState()
-        self.loader = build_loader(config, load_tokenizer(config.student.hf_folder))
+        self.loader = build_prompts(config, build_tokenizer(config))
 
     def next_batch(self):
         from megatron_gkd.train.collect import collect_batch
