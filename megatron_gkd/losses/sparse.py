@@ -1,9 +1,9 @@
 """Divergences from a teacher that is known on a few entries of each row only.
 
-A target is ``Joined([ids_TK, log_probs_TK])``, or with weights_TK as a third part and the logarithm of the teacher's tail
-[T, 1] as a fourth, which else is what the log-probabilities leave. Ids count from this rank's first
-column; an id outside [0, V) belongs to another rank. Rows may know different numbers of entries: an id that no rank owns
-with log-probability -inf takes no part.
+A target is ``Joined([ids_TK, log_probs_TK])``, with the weights [T, K] of the entries as a third part where they have some,
+and the log-probability [T, 1] of the teacher's tail as a fourth where it is known better than as what the others leave. Ids
+count from this rank's first column; an id outside [0, V) belongs to another rank. Rows may know different numbers of
+entries: an id that no rank owns with log-probability -inf takes no part.
 
 Shapes: T = tokens, V = real vocabulary entries held by this rank, K = known entries, B = K + 1 buckets, R = ranks.
 """

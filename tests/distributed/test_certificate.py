@@ -3,6 +3,7 @@
 In one process: tests/unit/losses/test_certificate.py.
 """
 
+import json
 from typing import Any
 from unittest import mock
 
@@ -30,6 +31,17 @@ def check_every_loss(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("tp", [2, 4])
 def test_every_loss_is_that_of_float64(run_on_ranks, tp):
     run_on_ranks(tp, check_every_loss)
+
+
+def test_the_tool_starts_its_own_ranks(tmp_path):
+    from megatron_gkd.cli import verify_loss
+
+    file = tmp_path / "certificate.json"
+    arguments = ["--divergence", "tvd", "--dtype", "fp32", "--tokens-per-chunk", "16"]
+    assert verify_loss.main(["--tp", "2", *arguments, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert rows
+    assert {row["tp"] for row in rows} == {2}
 
 
 # ---- wrong gradients ----

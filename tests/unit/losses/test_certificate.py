@@ -1,6 +1,6 @@
 """Every loss against float64 in one process, and the certificate itself.
 
-Not covered here: tensor parallelism and wrong gradients (tests/distributed/test_certificate.py).
+Not covered here: tensor parallelism, wrong gradients and the tool's ranks (tests/distributed/test_certificate.py).
 """
 
 import ast
@@ -50,7 +50,19 @@ def test_an_error_of_a_thousandth_is_refused(wrong):
     assert certify(case, group=None, device=CPU).is_passed
 
 
-def test_the_tool_writes_rows_and_gates(tmp_path, capsys):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The tool without ranks of its own."""
+
+    def certify_here(options):
+        return [
+            verify_loss._row(certify(case, group=None, device=CPU)) for case in verify_loss._cases(options)
+        ]
+
+    monkeypatch.setattr(verify_loss, "_certify_on_ranks", certify_here)
+
+
+def test_the_tool_writes_rows_and_gates(in_this_process, tmp_path, capsys):
     file = tmp_path / "certificate.json"
     arguments = ["--divergence", "tvd", "--dtype", "fp32", "--tokens-per-chunk", "16", "--json", str(file)]
     assert verify_loss.main(arguments) == 0
@@ -67,6 +79,13 @@ def test_the_tool_writes_rows_and_gates(tmp_path, capsys):
 def test_the_tool_names_an_unknown_divergence(capsys):
     assert verify_loss.main(["--divergence", "kl"]) == 2
     assert "--divergence kl: unknown; it is one of forward_kl" in capsys.readouterr().err
+
+
+def test_the_tool_certifies_the_loss_of_a_run(in_this_process, config_file, tmp_path):
+    file = tmp_path / "certificate.json"
+    assert verify_loss.main(["--config", str(config_file), "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["loss"], row["dtype"], row["tokens_per_chunk"]) == ("forward_kl", "bfloat16", 256)
 
 
 def test_a_wrong_loss_gives_exit_code_1_and_is_marked(monkeypatch, capsys):
