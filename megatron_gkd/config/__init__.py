@@ -5,6 +5,7 @@ from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.load import load_config
 from megatron_gkd.config.loss import LossConfig
+from megatron_gkd.config.model import ModelConfig, ParallelConfig
 from megatron_gkd.config.optim import OptimConfig
 from megatron_gkd.config.rollout import MegatronRolloutConfig, RolloutConfig, SglangRolloutConfig
 from megatron_gkd.config.runtime import RuntimeConfig
@@ -13,12 +14,14 @@ from megatron_gkd.config.schema import (
     GkdConfig,
     GkdSection,
     LoggingConfig,
+    StudentConfig,
+    TrainConfig,
+)
+from megatron_gkd.config.teacher import (
     MegatronTeacherConfig,
     NoTeacherConfig,
-    ParallelConfig,
-    StudentConfig,
+    ServerTeacherConfig,
     TeacherConfig,
-    TrainConfig,
 )
 
 __all__ = [
@@ -33,11 +36,13 @@ __all__ = [
     "LossConfig",
     "MegatronRolloutConfig",
     "MegatronTeacherConfig",
+    "ModelConfig",
     "NoTeacherConfig",
     "OptimConfig",
     "ParallelConfig",
     "RolloutConfig",
     "RuntimeConfig",
+    "ServerTeacherConfig",
     "SglangRolloutConfig",
     "StudentConfig",
     "TeacherConfig",

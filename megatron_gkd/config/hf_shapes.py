@@ -110,6 +110,30 @@ def load_hf_shapes(folder: Path) -> HfShapes:
     return shapes
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """What is compared with a server, which may run models that are not built here."""
+
+    model_type: str
+    vocab_size: int
+    """Rows of the output layer, all of which take part in the softmax."""
+
+
+def load_served_model(folder: Path) -> ServedModel:
+    """Read ``folder``/config.json, of any kind of model.
+
+    Raises:
+        ConfigError: The file is missing or unreadable or does not say the size of the vocabulary.
+    """
+    file = folder / "config.json"
+    config = _read_json(file)
+    problems: list[str] = []
+    vocab_size = _Reader(config, problems).size("vocab_size")
+    if problems:
+        raise ConfigError.listing(str(file), problems)
+    return ServedModel(str(config.get("model_type")), vocab_size)
+
+
 class _Reader:
     """Takes numbers out of a config.json and notes those that are missing or senseless."""
 

@@ -5,17 +5,19 @@ and what to change, so that all problems can be reported together.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.explain import all_keys, did_you_mean
-from megatron_gkd.config.hf_shapes import HfShapes, count_token_ids, load_hf_shapes
+from megatron_gkd.config.hf_shapes import HfShapes, count_token_ids, load_hf_shapes, load_served_model
 from megatron_gkd.config.weight_files import find_checkpoint_problems, find_hf_problems, find_output_problems
 
 if TYPE_CHECKING:
     from megatron_gkd.config.data import DataConfig, EvaluationConfig
+    from megatron_gkd.config.model import ModelConfig
     from megatron_gkd.config.optim import OptimConfig
-    from megatron_gkd.config.schema import GkdConfig, ModelConfig
+    from megatron_gkd.config.schema import GkdConfig
 
 
 # weights, the fp32 copy that bf16 training keeps, and Adam's two moments
@@ -31,6 +33,7 @@ def find_file_problems(config: "GkdConfig") -> list[str]:
         *_data_problems(config.data, config.evaluation),
         *_loss_problems(config),
         *_estimator_problems(config),
+        *_sparse_loss_problems(config),
     ]
     shapes: dict[str, HfShapes] = {}
     for name, model in config.models.items():
@@ -43,8 +46,11 @@ def find_file_problems(config: "GkdConfig") -> list[str]:
         problems += _layout_problems(name, model, shapes[name])
         problems += _length_problems(config, name, shapes[name])
     if len(shapes) == 2:
-        problems += _vocabulary_problems(config.models, shapes)
+        problems += _vocabulary_problems(
+            config, shapes["student"], config.models["teacher"].hf_folder, shapes["teacher"].vocab_size
+        )
     if "student" in shapes:
+        problems += _served_teacher_problems(config, shapes["student"])
         problems += _server_problems(config, shapes["student"])
         problems += _output_problems(config, shapes["student"])
     return problems
@@ -181,18 +187,59 @@ def _length_problems(config: "GkdConfig", name: str, shapes: HfShapes) -> Iterat
         )
 
 
-def _vocabulary_problems(models: dict[str, "ModelConfig"], shapes: dict[str, HfShapes]) -> Iterator[str]:
-    student, teacher = shapes["student"].vocab_size, shapes["teacher"].vocab_size
-    if student == teacher:
+def _vocabulary_problems(
+    config: "GkdConfig", student: HfShapes, teacher_folder: Path, teacher_vocab_size: int
+) -> Iterator[str]:
+    if student.vocab_size == teacher_vocab_size:
         return
-    num_ids = count_token_ids(models["student"].hf_folder)
-    if num_ids is not None and num_ids <= student < teacher:
+    num_ids = count_token_ids(config.student.hf_folder)
+    if num_ids is not None and num_ids <= student.vocab_size < teacher_vocab_size:
         return  # only rows without a token differ, as between the small and the large models of Qwen2.5
     yield (
-        f"the student ({models['student'].hf_folder}) has vocab_size={student} and the teacher "
-        f"({models['teacher'].hf_folder}) vocab_size={teacher}; both must use the same vocabulary, take models of one "
+        f"the student ({config.student.hf_folder}) has vocab_size={student.vocab_size} and the teacher "
+        f"({teacher_folder}) vocab_size={teacher_vocab_size}; both must use the same vocabulary, take models of one "
         "family (a teacher may have more rows that are no token)"
     )
+
+
+def _served_teacher_problems(config: "GkdConfig", student: HfShapes) -> Iterator[str]:
+    """Of a teacher behind a port; it may be of any architecture, so only its vocabulary is read."""
+    teacher = config.teacher
+    if teacher.kind != "server":
+        return
+    try:
+        vocab_size = load_served_model(teacher.hf).vocab_size
+    except ConfigError as error:
+        yield f"teacher.hf={str(teacher.hf)!r}: {error}"
+        return
+    yield from _vocabulary_problems(config, student, teacher.hf, vocab_size)
+    if teacher.top_k > vocab_size:
+        yield f"teacher.top_k={teacher.top_k} is above the teacher's vocab_size={vocab_size}; lower it"
+
+
+def _sparse_loss_problems(config: "GkdConfig") -> Iterator[str]:
+    """Of losses that need more of the teacher than the top k of a server, at temperature 1."""
+    loss = config.loss
+    if config.teacher.kind != "server":
+        return
+    if loss.support not in ("teacher_top_k", "token"):
+        yield (
+            f"loss.support={loss.support} needs the teacher's whole distribution, and teacher.kind=server tells its top_k; set "
+            "loss.support=teacher_top_k or use teacher.kind=megatron"
+        )
+    temperature = loss.temperature if loss.teacher_temperature is None else loss.teacher_temperature
+    if temperature != 1:
+        key = "temperature" if loss.teacher_temperature is None else "teacher_temperature"
+        yield (
+            f"loss.{key}={temperature} would need the teacher's whole distribution, and teacher.kind=server tells its top_k at "
+            "temperature 1; set loss.teacher_temperature=1 or use teacher.kind=megatron"
+        )
+    if loss.teacher_logit_scale != 1 or loss.teacher_logit_soft_cap is not None:
+        yield (
+            f"loss.teacher_logit_scale={loss.teacher_logit_scale} and loss.teacher_logit_soft_cap="
+            f"{loss.teacher_logit_soft_cap} change logits, which teacher.kind=server has turned into log-probabilities "
+            "already; leave them out"
+        )
 
 
 def _embedded_engine_problems(config: "GkdConfig") -> Iterator[str]:

@@ -6,77 +6,22 @@ of ``configs/on_policy_distill_trainer.yaml`` and the tables of ``docs/configura
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import yaml
-from pydantic import Field, Tag, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_gkd.config import rules
-from megatron_gkd.config.base import Config, kind_discriminator
+from megatron_gkd.config.base import Config
 from megatron_gkd.config.data import DataConfig, EvaluationConfig
 from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.lora import LoraConfig
 from megatron_gkd.config.loss import LossConfig
+from megatron_gkd.config.model import ModelConfig
 from megatron_gkd.config.optim import OptimConfig, require_patterns
 from megatron_gkd.config.rollout import RolloutConfig, SglangRolloutConfig
 from megatron_gkd.config.runtime import RuntimeConfig
-
-
-class ParallelConfig(Config):
-    """How one copy of a model is spread over ranks; all other ranks hold further copies (data parallel)."""
-
-    tensor_model_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share each layer; every one holds a slice of each weight matrix and of the vocabulary."""
-    pipeline_model_parallel_size: int = Field(default=1, ge=1)
-    """Stages that the layers are divided into, in order."""
-    sequence_parallel: bool = False
-    """Also split the activations between the tensor-parallel parts along the sequence; needs
-    tensor_model_parallel_size > 1."""
-
-    @property
-    def ranks_per_copy(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
-
-    @model_validator(mode="after")
-    def _sequence_parallel_needs_tensor_parallel(self) -> Self:
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError(
-                "sequence_parallel=true needs tensor_model_parallel_size > 1 (it is 1); "
-                "raise it or set sequence_parallel=false"
-            )
-        return self
-
-
-class ModelConfig(Config):
-    """Where a model comes from and how it is spread over ranks."""
-
-    hf: Path | None = None
-    """Folder in Hugging Face format: config.json, safetensors and tokenizer files. Give either this or
-    checkpoint."""
-    checkpoint: Path | None = None
-    """Folder written by tools/convert_hf_to_megatron.py, or a training checkpoint iter_<n>. Give either this
-    or hf."""
-    parallel: ParallelConfig = ParallelConfig()
-
-    @property
-    def hf_folder(self) -> Path:
-        """Folder that holds config.json and the tokenizer files, whichever kind of source was given."""
-        if self.hf is not None:
-            return self.hf
-        assert self.checkpoint is not None  # _exactly_one_source
-        return self.checkpoint / "hf"
-
-    @model_validator(mode="after")
-    def _exactly_one_source(self) -> Self:
-        if self.hf is None and self.checkpoint is None:
-            raise ValueError("give exactly one of hf and checkpoint; neither is given")
-        if self.hf is not None and self.checkpoint is not None:
-            raise ValueError(
-                f"give exactly one of hf and checkpoint; hf={str(self.hf)!r} and "
-                f"checkpoint={str(self.checkpoint)!r} are both given, set one to null"
-            )
-        return self
+from megatron_gkd.config.teacher import TeacherConfig
 
 
 class StudentConfig(ModelConfig):
@@ -105,28 +50,6 @@ class StudentConfig(ModelConfig):
                 "weight of the student frozen; remove freeze"
             )
         return self
-
-
-class MegatronTeacherConfig(ModelConfig):
-    """The model that is imitated; it runs forward only, in a layout of its own on the student's ranks."""
-
-    kind: Literal["megatron"] = "megatron"
-    """megatron: a model on the student's ranks; none: no teacher, only the cross-entropy of loss.sft_weight=1."""
-    micro_batch_size: int = Field(default=4, ge=1)
-    """Sequences that the teacher scores in one forward pass."""
-
-
-class NoTeacherConfig(Config):
-    """No teacher: supervised fine-tuning on the completions, with loss.sft_weight=1."""
-
-    kind: Literal["none"] = "none"
-    """megatron: a model on the student's ranks; none: no teacher, only the cross-entropy of loss.sft_weight=1."""
-
-
-TeacherConfig = Annotated[
-    Annotated[MegatronTeacherConfig, Tag("megatron")] | Annotated[NoTeacherConfig, Tag("none")],
-    kind_discriminator("megatron"),
-]
 
 
 class GkdSection(Config):

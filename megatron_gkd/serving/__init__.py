@@ -12,6 +12,8 @@ from megatron_gkd.serving.errors import (
     StaleWeights,
 )
 from megatron_gkd.serving.process import ServerProcess
+from megatron_gkd.serving.teacher import TeacherClient
+from megatron_gkd.serving.top_k import TopK
 
 __all__ = [
     "Completion",
@@ -25,4 +27,6 @@ __all__ = [
     "ServerSettings",
     "SglangClient",
     "StaleWeights",
+    "TeacherClient",
+    "TopK",
 ]

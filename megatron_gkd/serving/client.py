@@ -6,12 +6,16 @@ import pickle
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from megatron_gkd.serving.completion import Completion, Sampling
-from megatron_gkd.serving.connection import Connection, is_loopback
+from megatron_gkd.serving.connection import Connection
 from megatron_gkd.serving.errors import EngineError, EngineReplyInvalid, EngineRequestInvalid, StaleWeights
-from megatron_gkd.serving.replies import check_success, parse_completions, parse_prompt_logprobs
+from megatron_gkd.serving.replies import (
+    WeightVersion,
+    check_success,
+    parse_completions,
+    parse_prompt_logprobs,
+)
 from megatron_gkd.serving.request_checks import check_prompts, check_seeds, check_weight_files
 
 log = logging.getLogger(__name__)
@@ -45,12 +49,8 @@ class SglangClient:
         max_retries: int,
         api_key: str | None = None,
         is_alive: Callable[[], None] | None = None,
-        weight_version: int | None = None,
+        weight_version: WeightVersion | None = None,
     ):
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-            raise ValueError(f"url {url!r} is not of the form http://host:port")
-        if api_key and urlsplit(url).scheme == "http" and not is_loopback(urlsplit(url).hostname or ""):
-            log.warning("The API key for %s travels unencrypted; use https outside a trusted network", url)
         self.vocab_size = vocab_size
         self.weight_version = weight_version
         self._connection = Connection(
@@ -250,11 +250,12 @@ class SglangClient:
         """What the server serves: ``model_path``, ``weight_version`` (a string), ``architectures`` and more."""
         return _as_object(self._connection.get("/model_info"), "/model_info")
 
-    def check_settings(self, *, num_sequence_tokens: int) -> None:
+    def check_settings(self, *, num_sequence_tokens: int, must_honour_seeds: bool = True) -> None:
         """Refuse a server whose settings would spoil the results without a word.
 
         Args:
             num_sequence_tokens: Longest prompt plus completion.
+            must_honour_seeds: Whether anything will be sampled.
 
         Raises:
             EngineReplyInvalid: Seeds would be ignored, or sequences would be cut short.
@@ -262,7 +263,7 @@ class SglangClient:
         info = _as_object(self._connection.get("/server_info"), "/server_info")
         if info.get("version") != TESTED_SGLANG:
             log.warning("%s runs sglang %s, tested is %s", self.url, info.get("version"), TESTED_SGLANG)
-        if info.get("enable_deterministic_inference") is not True:
+        if must_honour_seeds and info.get("enable_deterministic_inference") is not True:
             raise EngineReplyInvalid(
                 f"{self.url} ignores seeds; start it with --enable-deterministic-inference"
             )
@@ -273,7 +274,7 @@ class SglangClient:
                 "start it with a larger --context-length"
             )
 
-    def _expected_version(self, allow_stale: bool) -> int | None:
+    def _expected_version(self, allow_stale: bool) -> WeightVersion | None:
         if allow_stale:
             return None
         if self.weight_version is None:

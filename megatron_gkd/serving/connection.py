@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
@@ -48,6 +49,9 @@ class Connection:
         max_retries: Repetitions after a failed connection or an answer of 500 and above; a time-out is not repeated.
         api_key: Sent as bearer token.
         is_alive: Called at least once a second while waiting; raises when the server's process is gone.
+
+    Raises:
+        ValueError: ``url`` is none of this form.
     """
 
     def __init__(
@@ -59,6 +63,10 @@ class Connection:
         api_key: str | None = None,
         is_alive: Callable[[], None] | None = None,
     ):
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            raise ValueError(f"url {url!r} is not of the form http://host:port")
+        if api_key and urlsplit(url).scheme == "http" and not is_loopback(urlsplit(url).hostname or ""):
+            log.warning("The API key for %s travels unencrypted; use https outside a trusted network", url)
         self.url = url.rstrip("/")
         self._timeout_s = request_timeout_s
         self._max_retries = max_retries
@@ -157,7 +165,7 @@ class Connection:
 
     def _timeout_message(self, method: str, path: str, timeout_s: float) -> str:
         return (
-            f"{method} {self.url}{path} had no answer within {timeout_s:g} s; raise rollout.request_timeout_s if the "
+            f"{method} {self.url}{path} had no answer within {timeout_s:g} s; raise request_timeout_s if the "
             "request is that large"
         )
 

@@ -7,9 +7,17 @@ from typing import Any
 from megatron_gkd.serving.completion import Completion, Sampling
 from megatron_gkd.serving.errors import EngineReplyInvalid, StaleWeights
 
+WeightVersion = int | str
+"""The trainer counts its pushes; a server that was started by somebody else may call its weights by any name."""
+
 
 def parse_completions(
-    reply: Any, *, num_prompts: int, sampling: Sampling, vocab_size: int, expected_version: int | None
+    reply: Any,
+    *,
+    num_prompts: int,
+    sampling: Sampling,
+    vocab_size: int,
+    expected_version: WeightVersion | None,
 ) -> list[Completion]:
     """Completions in the order of the prompts.
 
@@ -26,12 +34,12 @@ def parse_completions(
     """
     return [
         _parse_completion(index, entry, sampling, vocab_size, expected_version)
-        for index, entry in enumerate(_entries(reply, num_prompts))
+        for index, entry in enumerate(entries_of(reply, num_prompts))
     ]
 
 
 def parse_prompt_logprobs(
-    reply: Any, *, sequences: Sequence[Sequence[int]], vocab_size: int, expected_version: int | None
+    reply: Any, *, sequences: Sequence[Sequence[int]], vocab_size: int, expected_version: WeightVersion | None
 ) -> list[tuple[float, ...]]:
     """Log-probabilities of the second to the last token of each sequence, in nats.
 
@@ -46,24 +54,39 @@ def parse_prompt_logprobs(
         StaleWeights: Another version scored a sequence.
     """
     scores = []
-    for index, (entry, ids) in enumerate(zip(_entries(reply, len(sequences)), sequences, strict=True)):
-        meta = _meta_info(index, entry)
-        _check_version(index, meta, expected_version)
-        rows = meta.get("input_token_logprobs")
-        if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) >= 2 for row in rows):
-            raise EngineReplyInvalid(f"answer {index} has no list of input_token_logprobs: {str(rows)[:200]}")
-        # the server writes 0 for the last id of the vocabulary (it takes it for the hash of an image)
-        if [row[1] for row in rows] != [token_id if token_id < vocab_size - 1 else 0 for token_id in ids]:
-            raise EngineReplyInvalid(
-                f"answer {index} scores other ids than were sent: {[row[1] for row in rows][:20]}"
-            )
-        values = [row[0] for row in rows[1:]]
-        if not all(isinstance(value, float | int) and math.isfinite(value) for value in values):
-            raise EngineReplyInvalid(
-                f"answer {index} has a log-prob that is not a finite number: {values[:20]}"
-            )
-        scores.append(tuple(float(value) for value in values))
+    for index, (entry, ids) in enumerate(zip(entries_of(reply, len(sequences)), sequences, strict=True)):
+        meta = meta_info(index, entry)
+        check_version(index, meta, expected_version)
+        scores.append(parse_token_log_probs(index, meta, ids, vocab_size))
     return scores
+
+
+def parse_token_log_probs(
+    index: int, meta: dict[str, Any], ids: Sequence[int], vocab_size: int
+) -> tuple[float, ...]:
+    """Log-probabilities in nats of the second to the last of ``ids``, which must be those that the answer scores.
+
+    Args:
+        index: Of the answer, for messages.
+        meta: Its ``meta_info``.
+        ids: Token ids from ``logprob_start_len`` on.
+        vocab_size: Rows of the served model's embedding.
+
+    Raises:
+        EngineReplyInvalid: Other ids, or values that are not finite numbers.
+    """
+    rows = meta.get("input_token_logprobs")
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) >= 2 for row in rows):
+        raise EngineReplyInvalid(f"answer {index} has no list of input_token_logprobs: {str(rows)[:200]}")
+    # the server writes 0 for the last id of the vocabulary (it takes it for the hash of an image)
+    if [row[1] for row in rows] != [token_id if token_id < vocab_size - 1 else 0 for token_id in ids]:
+        raise EngineReplyInvalid(
+            f"answer {index} scores other ids than were sent: {[row[1] for row in rows][:20]}"
+        )
+    values = [row[0] for row in rows[1:]]
+    if not all(isinstance(value, float | int) and math.isfinite(value) for value in values):
+        raise EngineReplyInvalid(f"answer {index} has a log-prob that is not a finite number: {values[:20]}")
+    return tuple(float(value) for value in values)
 
 
 def check_success(reply: Any, action: str) -> None:
@@ -72,7 +95,8 @@ def check_success(reply: Any, action: str) -> None:
         raise EngineReplyInvalid(f"{action} did not succeed: {str(reply)[:500]}")
 
 
-def _entries(reply: Any, num_expected: int) -> list[Any]:
+def entries_of(reply: Any, num_expected: int) -> list[Any]:
+    """The answers to ``num_expected`` prompts; raises ``EngineReplyInvalid`` if there are more or fewer."""
     if not isinstance(reply, list) or len(reply) != num_expected:
         what = (
             f"{len(reply)} answers"
@@ -83,7 +107,8 @@ def _entries(reply: Any, num_expected: int) -> list[Any]:
     return reply
 
 
-def _meta_info(index: int, entry: Any) -> dict[str, Any]:
+def meta_info(index: int, entry: Any) -> dict[str, Any]:
+    """``meta_info`` of an answer; raises ``EngineReplyInvalid`` if it has none or was aborted."""
     meta = entry.get("meta_info") if isinstance(entry, dict) else None
     if not isinstance(meta, dict):
         raise EngineReplyInvalid(f"answer {index} has no meta_info: {str(entry)[:200]}")
@@ -94,10 +119,10 @@ def _meta_info(index: int, entry: Any) -> dict[str, Any]:
 
 
 def _parse_completion(
-    index: int, entry: Any, sampling: Sampling, vocab_size: int, expected_version: int | None
+    index: int, entry: Any, sampling: Sampling, vocab_size: int, expected_version: WeightVersion | None
 ) -> Completion:
-    meta = _meta_info(index, entry)
-    version = _check_version(index, meta, expected_version)
+    meta = meta_info(index, entry)
+    version = check_version(index, meta, expected_version)
     ids = entry.get("output_ids")
     if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
         raise EngineReplyInvalid(f"answer {index} has output_ids outside [0, {vocab_size}): {str(ids)[:200]}")
@@ -142,8 +167,13 @@ def _check_full_length(index: int, ids: list[int], sampling: Sampling) -> None:
         raise EngineReplyInvalid(f"answer {index} went on after stop token {min(stopped)}")
 
 
-def _check_version(index: int, meta: dict[str, Any], expected: int | None) -> int:
-    """Version of the weights behind an answer; the oldest if several are accepted, -1 if it is not a number."""
+def check_version(index: int, meta: dict[str, Any], expected: WeightVersion | None) -> int:
+    """Version of the weights behind an answer; the oldest if several are accepted, -1 if it is not a number.
+
+    Raises:
+        EngineReplyInvalid: The answer does not say.
+        StaleWeights: Not ``expected`` alone.
+    """
     spans = meta.get("weight_versions")
     if not isinstance(spans, list) or not spans or not all(isinstance(span, dict) for span in spans):
         raise EngineReplyInvalid(

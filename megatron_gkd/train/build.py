@@ -17,7 +17,9 @@ from torch.nn import Parameter
 from megatron_gkd.checkpoint.weights import WeightSource, load_head, load_weights
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
-from megatron_gkd.config.schema import MegatronTeacherConfig, ModelConfig, NoTeacherConfig, StudentConfig
+from megatron_gkd.config.model import ModelConfig
+from megatron_gkd.config.schema import StudentConfig
+from megatron_gkd.config.teacher import MegatronTeacherConfig, NoTeacherConfig, ServerTeacherConfig
 from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.models.families.patterns import frozen_tensors, summarise, undecayed_tensors
 from megatron_gkd.models.gpt import HiddenTap, build_gpt, keep_graph_in_recompute
@@ -30,6 +32,7 @@ from megatron_gkd.platform.kernels import Kernels
 from megatron_gkd.reshard.layout import WeightLayout, hf_tensors, parameters_made_of
 from megatron_gkd.teacher.engine import NoTeacher, TeacherEngine
 from megatron_gkd.teacher.megatron import MegatronTeacher
+from megatron_gkd.train.served_teacher import build_served_teacher
 
 log = logging.getLogger(__name__)
 
@@ -176,6 +179,8 @@ def build_teacher(
     if isinstance(config.teacher, NoTeacherConfig):
         _warn_of_own_samples(config)
         return NoTeacher(), None
+    if isinstance(config.teacher, ServerTeacherConfig):
+        return build_served_teacher(config, config.teacher, student.groups, world.device), None
     return _build_megatron_teacher(config, config.teacher, world, student, pad_id)
 
 

@@ -20,6 +20,7 @@ from megatron_gkd.train.build import (
     start_world,
 )
 from megatron_gkd.train.inputs import build_tokenizer
+from megatron_gkd.train.preconditions import require_teacher
 from megatron_gkd.train.step import attach_signals, train_step
 
 log = logging.getLogger(__name__)
@@ -43,9 +44,11 @@ def dry_run(config: GkdConfig, platform: Platform) -> str:
         Table of stage times and of peak memory per rank, the same on all ranks.
 
     Raises:
-        ValueError: Student and teacher have different vocabularies.
+        DataError: Student and teacher have different vocabularies.
+        ConfigError: The teacher's server does not answer or serves something else.
     """
     tokenizer = build_tokenizer(config)
+    require_teacher(config, tokenizer)
     join_job(platform.collective_backend)
     try:
         world = start_world(platform, detect_kernels(on_cpu=platform.is_cpu))

@@ -1,12 +1,11 @@
 """The generation engine of a run: started early, connected once the student exists."""
 
 import logging
-import os
 import secrets
 import shutil
 from pathlib import Path
 
-from megatron_gkd.config import ConfigError, GkdConfig
+from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import HfShapes
 from megatron_gkd.config.rollout import RolloutConfig, SglangRolloutConfig
 from megatron_gkd.data.tokenizer import Tokenizer
@@ -21,6 +20,7 @@ from megatron_gkd.serving.client import SglangClient
 from megatron_gkd.serving.command import ServerSettings
 from megatron_gkd.serving.errors import EngineError
 from megatron_gkd.serving.process import ServerProcess
+from megatron_gkd.train.api_keys import read_api_key
 from megatron_gkd.train.build import Student, World, log_folder
 from megatron_gkd.train.probe import trainer_log_probs
 
@@ -41,14 +41,8 @@ def api_key_of(rollout: RolloutConfig) -> str | None:
     Raises:
         ConfigError: The variable that should hold it is not set.
     """
-    if not isinstance(rollout, SglangRolloutConfig) or rollout.api_key_env is None:
-        return None
-    if not os.environ.get(rollout.api_key_env):
-        raise ConfigError(
-            f"rollout.api_key_env={rollout.api_key_env!r}: this environment variable is not set; export it before the "
-            "start, or set the key to null for servers without a key"
-        )
-    return os.environ[rollout.api_key_env]
+    variable = rollout.api_key_env if isinstance(rollout, SglangRolloutConfig) else None
+    return read_api_key("rollout.api_key_env", variable)
 
 
 class EngineHost:

@@ -25,7 +25,7 @@ from megatron_gkd.train.loss import certify_run
 from megatron_gkd.train.probe import probe_sequences
 from megatron_gkd.train.records import Records
 from megatron_gkd.train.state import TrainState
-from megatron_gkd.train.step import StepResult, attach_signals, train_step
+from megatron_gkd.train.step import ScoredMicroBatch, StepResult, attach_signals, train_step
 from megatron_gkd.train.stop import StopRequest
 from megatron_gkd.train.validation import Validation
 
@@ -97,7 +97,7 @@ class Trainer:
         """Train until the last iteration or a stop request; returns ``done`` or ``stopped``. Collective.
 
         Raises:
-            EngineError: The generation engine failed; a checkpoint was saved before.
+            EngineError: The generation engine or the teacher's server failed; a checkpoint was saved before.
             DataError: A row of a stream cannot be used; the same.
             TrainingFailed: Too many updates in a row had gradients that were not finite.
         """
@@ -131,14 +131,9 @@ class Trainer:
     def _iterate(self, engine: RolloutEngine) -> None:
         timers, state = self.records.timers, self.state
         with timers("iteration"):
-            with timers("rollout"):
-                batch = self._collect(engine)
-            micro_batches = make_micro_batches(self.config, self.student.groups, batch, self.tokenizer.pad_id)
-            with timers("teacher"):
-                signals = self.teacher.score(batch, micro_batches)
+            batch, scored = self._collect_and_score(engine)
             with timers("student"):
                 lr = self.student.schedule.set_iteration(state.iteration)
-                scored = attach_signals(batch, micro_batches, signals)
                 result = train_step(self.student, self.teacher_head_VH, scored, self.config.loss)
             self._advance(batch, result)
             if self.validation is not None and self._is_validation_due():
@@ -162,22 +157,30 @@ class Trainer:
             return error
         return None
 
-    def _collect(self, engine: RolloutEngine) -> Batch:
-        config = self.config
-        position = self.loader.state_dict()
+    def _collect_and_score(self, engine: RolloutEngine) -> tuple[Batch, list[ScoredMicroBatch]]:
+        timers, position = self.records.timers, self.loader.state_dict()
         try:
-            return collect_batch(
-                self.loader,
-                engine,
-                self.state,
-                global_batch_size=config.train.global_batch_size,
-                num_samples=config.rollout.num_samples,
-                lmbda=config.gkd.lmbda,
-                seed=config.train.seed,
-            )
+            with timers("rollout"):
+                batch = self._collect(engine)
+            micro_batches = make_micro_batches(self.config, self.student.groups, batch, self.tokenizer.pad_id)
+            with timers("teacher"):
+                signals = self.teacher.score(batch, micro_batches)
         except (EngineError, DataError):
             self.loader.load_state_dict(position)  # no prompt of the unfinished iteration is lost
             raise
+        return batch, attach_signals(batch, micro_batches, signals)
+
+    def _collect(self, engine: RolloutEngine) -> Batch:
+        config = self.config
+        return collect_batch(
+            self.loader,
+            engine,
+            self.state,
+            global_batch_size=config.train.global_batch_size,
+            num_samples=config.rollout.num_samples,
+            lmbda=config.gkd.lmbda,
+            seed=config.train.seed,
+        )
 
     def _advance(self, batch: Batch, result: StepResult) -> None:
         state = self.state

@@ -10,12 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_gkd.config import ConfigError, GkdConfig
-from megatron_gkd.config.hf_shapes import load_hf_shapes
+from megatron_gkd.config.hf_shapes import load_hf_shapes, load_served_model
 from megatron_gkd.config.rollout import SglangRolloutConfig
+from megatron_gkd.config.teacher import ServerTeacherConfig
+from megatron_gkd.data.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
 from megatron_gkd.serving.client import SglangClient
 from megatron_gkd.serving.errors import EngineError
 from megatron_gkd.train.build import DTYPES
 from megatron_gkd.train.engines import api_key_of, push_base
+from megatron_gkd.train.served_teacher import make_teacher_client
 
 GIB = 2**30
 CHECK_TIMEOUT_S = 30.0
@@ -42,6 +45,37 @@ def require_engine(config: GkdConfig, *, is_leader: bool) -> None:
         problems += _server_problems(config, rollout)
     if problems:
         raise ConfigError.listing("what the run needs on this machine", problems)
+
+
+def require_teacher(config: GkdConfig, tokenizer: Tokenizer) -> None:
+    """Refuse a run whose teacher is a server that does not answer, or serves something else than ``teacher.hf`` says.
+
+    Every rank asks, so that none waits for one that was refused.
+
+    Args:
+        config: Checked configuration.
+        tokenizer: The student's.
+
+    Raises:
+        ConfigError: Names the server and what is wrong with it.
+        DataError: The server runs from a folder that is seen here too and holds another tokenizer.
+    """
+    teacher = config.teacher
+    if not isinstance(teacher, ServerTeacherConfig):
+        return
+    hurried = {"request_timeout_s": min(teacher.request_timeout_s, CHECK_TIMEOUT_S), "max_retries": 0}
+    client = make_teacher_client(teacher.model_copy(update=hurried))
+    try:
+        folder = client.check_model(
+            model_type=load_served_model(teacher.hf_folder).model_type, num_sequence_tokens=config.seq_length
+        )
+    except EngineError as error:
+        raise ConfigError(
+            f"teacher.server_ip={teacher.server_ip!r}, teacher.server_port={teacher.server_port}: {error}; start the server "
+            f"with launch/serve.py, and let teacher.hf={str(teacher.hf)!r} be what it serves"
+        ) from error
+    if (Path(folder) / "tokenizer_config.json").is_file():
+        require_same_vocabulary(tokenizer, load_tokenizer(folder))
 
 
 def _package_problems() -> Iterator[str]:

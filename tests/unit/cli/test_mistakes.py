@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_gkd.cli import pretrain, serve
+from megatron_gkd.serving import TeacherClient
 from megatron_gkd.serving.process import ServerProcess
 from tests.support.launching import write_run_config
 from tests.support.tiny_models import TOKENIZER_SIZE, write_tiny_model
@@ -235,6 +236,35 @@ def test_an_external_engine_that_does_not_answer(config, capsys):
     url = f"http://127.0.0.1:{unused_port()}"
     override = f"rollout={{kind: sglang, placement: external, urls: ['{url}'], max_new_tokens: 12}}"
     assert refusal(capsys, pretrain.main(["--config", str(config), override]), ["rollout.urls", url])
+
+
+def behind_a_port(folder, **keys):
+    """Overrides that put a served teacher in the place of the other."""
+    section = {"kind": "server", "hf": str(folder / "teacher"), "server_ip": "127.0.0.1", **keys}
+    return [f"teacher={json.dumps(section)}", "loss.support=teacher_top_k"]
+
+
+def test_a_teacher_that_does_not_answer(config, tmp_path, capsys):
+    port = unused_port()
+    overrides = behind_a_port(tmp_path, server_port=port)
+    words = ["teacher.server_ip='127.0.0.1'", f"teacher.server_port={port}", "launch/serve.py"]
+    assert refusal(capsys, pretrain.main(["--config", str(config), *overrides]), words)
+    assert refusal(capsys, pretrain.main(["--config", str(config), "--dry-run", *overrides]), words)
+
+
+def test_a_teacher_whose_key_is_not_there(config, tmp_path, capsys):
+    overrides = behind_a_port(tmp_path, api_key_env="NO_SUCH_KEY")
+    words = ["teacher.api_key_env='NO_SUCH_KEY'", "export"]
+    assert refusal(capsys, pretrain.main(["--config", str(config), *overrides]), words)
+
+
+def test_a_teacher_that_serves_another_tokenizer(config, tmp_path, capsys, monkeypatch):
+    served = tmp_path / "elsewhere" / "teacher"
+    shutil.copytree(tmp_path / "teacher", served)
+    other_tokens(served.parent)
+    monkeypatch.setattr(TeacherClient, "check_model", lambda self, **expected: str(served))
+    words = [str(served), "differ", "one tokenizer"]
+    assert refusal(capsys, pretrain.main(["--config", str(config), *behind_a_port(tmp_path)]), words)
 
 
 def test_more_ranks_than_gpus(config, capsys, monkeypatch):

@@ -24,18 +24,21 @@ def answer(ids: list[int], *, reason: Any = None, versions: tuple[str, ...] = ("
 class FaultyServer:
     """Answers each request to a path with the next step of its script; the last step repeats.
 
-    A step is (status, JSON-able body or raw bytes), or a function () -> such a pair.
+    A step is (status, JSON-able body or raw bytes), or a function () -> such a pair, which finds the body of the request
+    that it answers in ``asked.body``.
     """
 
     def __init__(self):
         self.scripts: dict[str, list[Any]] = {}
         self.requests: list[tuple[str, Any, dict[str, str]]] = []
+        self.asked = threading.local()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                outer.requests.append((self.path, json.loads(body) if body else None, dict(self.headers)))
+                data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                outer.asked.body = body = json.loads(data) if data else None
+                outer.requests.append((self.path, body, dict(self.headers)))
                 script = outer.scripts[self.path]
                 step = script.pop(0) if len(script) > 1 else script[0]
                 status, content = step() if callable(step) else step
