@@ -25,6 +25,7 @@ FREE = (
     "teacher.micro_batch_size",
     "rollout.placement",
     "rollout.urls",
+    "rollout.api_key_env",
     "rollout.tensor_model_parallel_size",
     "rollout.start_timeout_s",
     "rollout.request_timeout_s",

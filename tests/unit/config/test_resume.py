@@ -29,6 +29,11 @@ def test_an_unchanged_configuration_resumes(run):
     assert permitted_changes(_folder(config, 2), config) == []
 
 
+def test_a_job_whose_engines_have_other_addresses_after_a_requeue_resumes(run):
+    engines = "rollout={placement: external, urls: ['http://a:1'], api_key_env: A_KEY, push_dir: push}"
+    check_resume(load_config(run, [engines]))
+
+
 def test_a_run_without_checkpoints_starts(config_file):
     check_resume(load_config(config_file))
 
