@@ -22,7 +22,8 @@ def _run_into_the_bad_row(rank: int, world_size: int, config_file) -> None:
     from megatron_gkd.data.tokenizer import DataError
     from megatron_gkd.observability.timers import Timers
     from megatron_gkd.train.inputs import build_prompts, build_tokenizer
-    from megatron_gkd.train.loop import StopRequest, Trainer
+    from megatron_gkd.train.loop import Trainer
+    from megatron_gkd.train.stop import StopRequest
 
     saved = []
 
@@ -40,5 +41,5 @@ def _run_into_the_bad_row(rank: int, world_size: int, config_file) -> None:
     parts = dict.fromkeys(("student", "teacher", "teacher_head_VH", "host", "store"))
     trainer = WithoutModels(config, make_world(rank, world_size), tokenizer, loader, records=records, **parts)
     with pytest.raises(DataError, match=r"prompts\.jsonl:4: not JSON"):
-        trainer.run(StopRequest())
+        trainer.run(StopRequest(config.train.output_dir))
     assert saved == [0], "the three prompts in front of the bad row come again"
