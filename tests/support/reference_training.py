@@ -104,7 +104,9 @@ def _batch_loss(model: Any, judge: Any, batch: Batch, recipe: Recipe) -> Tensor:
         divergence_T = dense_divergence(
             student_TV, teacher_TV, recipe.divergence, beta=recipe.beta, temperature=recipe.temperature
         )
-        cross_entropy_T = dense_cross_entropy(student_TV, torch.tensor(sample.completion_ids))
+        cross_entropy_T = dense_cross_entropy(
+            student_TV, torch.tensor(sample.completion_ids, dtype=torch.long)
+        )
         total = total + ((1 - recipe.sft_weight) * divergence_T + recipe.sft_weight * cross_entropy_T).sum()
         num_tokens += len(sample.completion_ids)
     return total / num_tokens
