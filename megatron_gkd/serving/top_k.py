@@ -45,6 +45,11 @@ class TopK:
         no_rows = np.zeros((0, top_k), np.float32)
         return cls(no_rows.astype(np.int32), no_rows, no_rows[:, 0])
 
+    def select(self, mask_T: Sequence[bool]) -> "TopK":
+        """The rows where the mask is true."""
+        kept_T = np.array(mask_T, dtype=bool)
+        return TopK(self.ids_TK[kept_T], self.log_probs_TK[kept_T], self.token_log_probs_T[kept_T])
+
 
 def parse_top_k(
     reply: Any,

@@ -65,17 +65,25 @@ class ServerTeacher:
         Raises:
             EngineError: On all ranks: the server failed, or an answer breaks the contract.
         """
-        samples = [batch.samples[index] for micro_batch in micro_batches for index in micro_batch.indices]
+        read = batch.as_read_by_teacher().samples
+        samples = [read[index] for micro_batch in micro_batches for index in micro_batch.indices]
+        # rows from a sequence's first that counts to its end are asked for; between two turns some count nothing
+        masks = [sample.loss_mask(sample.num_tokens - 1) for sample in samples]
+        firsts = [mask.index(True) if any(mask) else len(mask) for mask in masks]
         scored = self._on_asking_ranks(
             lambda: self._client.score_top_k(
-                [sample.prompt_ids + sample.completion_ids for sample in samples],
-                [len(sample.prompt_ids) - 1 for sample in samples],
+                [sample.prompt_ids + sample.completion_ids for sample in samples], firsts
             )
         )
         if not self._groups.is_last_stage:
             return []
-        num_rows, top_k = sum(len(sample.completion_ids) for sample in samples), self._client.top_k
-        rows = scored or []
+        num_rows, top_k = sum(sample.num_loss_tokens for sample in samples), self._client.top_k
+        rows = [
+            answer.select(mask[first:])
+            for answer, mask, first in zip(
+                scored or [], masks, firsts, strict=False
+            )  # no answers where nobody asks
+        ]
         ids_TK = self._share([s.ids_TK for s in rows], (num_rows, top_k), torch.int32).long()
         tensors = (
             ids_TK.masked_fill(ids_TK >= self._vocab_size, NO_ENTRY),

@@ -67,7 +67,8 @@ def require_teacher(config: GkdConfig, tokenizer: Tokenizer) -> None:
     client = make_teacher_client(teacher.model_copy(update=hurried))
     try:
         folder = client.check_model(
-            model_type=load_served_model(teacher.hf_folder).model_type, num_sequence_tokens=config.seq_length
+            model_type=load_served_model(teacher.hf_folder).model_type,
+            num_sequence_tokens=config.teacher_seq_length,
         )
     except EngineError as error:
         raise ConfigError(

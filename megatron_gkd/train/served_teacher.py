@@ -32,7 +32,7 @@ def build_served_teacher(
     teacher = ServerTeacher(
         make_teacher_client(section),
         model_type=load_served_model(section.hf_folder).model_type,
-        num_sequence_tokens=config.seq_length,
+        num_sequence_tokens=config.teacher_seq_length,
         vocab_size=load_hf_shapes(config.student.hf_folder).vocab_size,
         groups=groups,
         device=device,

@@ -6,12 +6,13 @@ Shapes: T = rows, K = entries per row.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_gkd.data.sample import Batch, MicroBatch
+from megatron_gkd.data.sample import Batch, MicroBatch, Sample
 from megatron_gkd.serving import EngineError, EngineTimeout, TeacherClient, TopK
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_SP, Split, student_groups
 from tests.support.run_config import make_batch
@@ -75,7 +76,7 @@ def test_a_failure_of_one_that_asks_is_raised_on_all_ranks(run_on_ranks, num_ran
 
 def _score(rank: int, world_size: int, split: Split) -> None:
     with student_groups(split) as groups:
-        batch = make_batch(0, LENGTHS)
+        batch = _with_odd_prompts(make_batch(0, LENGTHS))
         client = AnsweringClient({}, rank)
         micro_batches = _micro_batches(batch, groups)
         signals = _make_teacher(client, groups).score(batch, micro_batches)
@@ -87,13 +88,26 @@ def _score(rank: int, world_size: int, split: Split) -> None:
         for signal, micro_batch in zip(signals, micro_batches, strict=True):
             assert signal.token_log_prob_T is not None
             ids_T = torch.tensor(
-                [token for i in micro_batch.indices for token in batch.samples[i].completion_ids],
+                [token for i in micro_batch.indices for token in _counted_ids(batch.samples[i])],
                 dtype=torch.int64,
             )
             ids_TK = ids_T[:, None] + torch.arange(TOP_K)
             assert torch.equal(signal.ids_TK, torch.where(ids_TK < VOCAB_SIZE, ids_TK, -1))
             assert torch.equal(signal.log_probs_TK, torch.from_numpy(_values(ids_TK.numpy())))
             assert torch.equal(signal.token_log_prob_T, torch.from_numpy(_values(ids_T.numpy())))
+
+
+def _with_odd_prompts(batch: Batch) -> Batch:
+    """The first sample's prompt counts in part, and the teacher reads another prompt than the student in the second."""
+    first, second, *others = batch.samples
+    first = replace(first, prompt_loss_mask=(False, True, False, True))
+    second = replace(second, teacher_prompt_ids=(7, 8, 9, 10, 11))
+    return Batch((first, second, *others))
+
+
+def _counted_ids(sample: Sample) -> list[int]:
+    counted = zip(sample.prompt_ids, sample.prompt_loss_mask, strict=False)
+    return [token for token, counts in counted if counts] + list(sample.completion_ids)
 
 
 def _fail(rank: int, world_size: int, split: Split) -> None:
