@@ -48,6 +48,8 @@ class OptimConfig(Config):
     use_distributed_optimizer: bool = False
     """Split the optimizer's state over the copies of the student (data-parallel ranks), to save memory; for
     optimizer=adam."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the copies of the student while the backward pass still runs."""
 
     def num_warmup_iters(self, train_iters: int) -> int:
         """Iterations of the warm-up in a run of ``train_iters``."""
@@ -61,6 +63,15 @@ class OptimConfig(Config):
     @classmethod
     def _patterns_are_not_empty(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         return require_patterns(patterns)
+
+    @model_validator(mode="after")
+    def _the_distributed_optimizer_is_adam(self) -> Self:
+        if self.use_distributed_optimizer and self.optimizer != "adam":
+            raise ValueError(
+                f"use_distributed_optimizer=true needs optimizer=adam (it is {self.optimizer}), the only one that Megatron "
+                "can split; change one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _min_lr_is_not_above_lr(self) -> Self:

@@ -42,6 +42,17 @@ from tests.unit.config.conftest import write_hf_config
             "rollout.kind=megatron",
         ),
         (
+            [
+                "rollout={kind: megatron}",
+                "student.parallel={pipeline_model_parallel_size: 2, virtual_pipeline_model_parallel_size: 2}",
+            ],
+            r"virtual_pipeline_model_parallel_size=2 would repeat; set it to 1 or use rollout.kind=sglang",
+        ),
+        (
+            ["student.parallel={pipeline_model_parallel_size: 2, virtual_pipeline_model_parallel_size: 3}"],
+            r"student.parallel.virtual_pipeline_model_parallel_size=3 does not divide the 2 layers",
+        ),
+        (
             ["teacher={kind: none}"],
             r"loss.sft_weight=0.0 leaves a share .* set loss.sft_weight=1 or give a teacher",
         ),
@@ -152,6 +163,14 @@ def test_fitting_numbers_of_ranks_are_accepted(config_file, world_size):
             ["train.micro_batch_size=3"],
             1,
             ["micro_batch_size=3 x 1 copies of the student; use a multiple of 3"],
+        ),
+        (
+            [
+                "student.parallel={pipeline_model_parallel_size: 2, virtual_pipeline_model_parallel_size: 2}",
+                "train.micro_batch_size=4",
+            ],
+            4,
+            ["groups of pipeline_model_parallel_size=2 micro-batches, but every copy of the student has 1"],
         ),
         (
             ["train.global_batch_size=2"],
