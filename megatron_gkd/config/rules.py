@@ -205,6 +205,12 @@ def _length_problems(config: "GkdConfig", name: str, shapes: HfShapes) -> Iterat
             f"{config.rollout.max_new_tokens} = {total} tokens, but the {name} was made for "
             f"{shapes.max_position_embeddings} (max_position_embeddings); shorten one of them"
         )
+    elif shapes.sliding_window is not None and config.seq_length > shapes.sliding_window:
+        yield (
+            f"data.max_prompt_length={config.data.max_prompt_length} + rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} = {config.seq_length} tokens, but the attention of the {name} reaches "
+            f"back over sliding_window={shapes.sliding_window} only, which is not built; shorten one of them"
+        )
 
 
 def _vocabulary_problems(models: dict[str, "ModelConfig"], shapes: dict[str, HfShapes]) -> Iterator[str]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_gkd.config.hf_shapes import HfShapes
 from megatron_gkd.config.schema import RecomputeConfig
 from megatron_gkd.models.chunks import LocalModel, ModelChunks, chunks_of
+from megatron_gkd.models.rotary import rotary_frequencies
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.platform.kernels import Kernels
 
@@ -235,10 +236,10 @@ def _build_chunk(
         parallel_output=True,
         share_embeddings_and_output_weights=shapes.tied and not is_headless,
         position_embedding_type="rope",
-        rotary_base=shapes.rope_theta,  # pyright: ignore[reportArgumentType]  (any number works)
         pg_collection=groups.pg,
         vp_stage=vp_stage,
     )
+    model.rotary_pos_emb.inv_freq = rotary_frequencies(shapes)
     if is_headless and has_head:
         model.add_module("output_layer", HiddenOnly())
     _mark_split_weights(model)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_gkd.config.hf_shapes import HfShapes
-from megatron_gkd.models.families import WeightMap, family_of
+from megatron_gkd.families import WeightMap, family_of
 from megatron_gkd.parallel.groups import Layout
 
 Span = tuple[int, int]

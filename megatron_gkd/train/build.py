@@ -19,9 +19,9 @@ from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.schema import MegatronTeacherConfig, ModelConfig, NoTeacherConfig, StudentConfig
 from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.models.chunks import LocalModel, chunks_of
-from megatron_gkd.models.families.patterns import frozen_tensors, summarise, undecayed_tensors
 from megatron_gkd.models.gpt import HiddenTap, build_gpt, keep_graph_in_recompute
 from megatron_gkd.models.lora import LoraSpec, attach_adapters, start_training_adapters
+from megatron_gkd.models.patterns import frozen_tensors, summarise, undecayed_tensors
 from megatron_gkd.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_gkd.optim.schedule import LearningRateSchedule
 from megatron_gkd.parallel.groups import ModelGroups, init_student_groups, make_model_groups

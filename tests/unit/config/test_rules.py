@@ -85,6 +85,13 @@ def test_rules_are_reported_together(config_file):
     assert str(caught.value).count("\n") == 4
 
 
+def test_sequences_beyond_the_sliding_window_are_refused(config_file, tmp_path):
+    write_hf_config(tmp_path / "teacher", model_type="mistral", sliding_window=300)
+    load_config(config_file, ["data.max_prompt_length=44"])  # 256 more for the completion
+    with pytest.raises(ConfigError, match=r"= 301 tokens, .* the teacher .*sliding_window=300 only"):
+        load_config(config_file, ["data.max_prompt_length=45"])
+
+
 def test_different_vocabularies_are_refused(config_file, tmp_path):
     write_hf_config(tmp_path / "teacher", vocab_size=1004)
     with pytest.raises(
@@ -125,7 +132,7 @@ def test_a_folder_without_config_json_is_refused(config_file, tmp_path):
 def test_an_unsupported_model_is_named_by_its_key_and_file(config_file, tmp_path):
     write_hf_config(tmp_path / "teacher", model_type="gemma")
     with pytest.raises(
-        ConfigError, match=r"teacher\.hf=.*config\.json:\n.*model_type='gemma'; supported: llama"
+        ConfigError, match=r"teacher\.hf=.*config\.json: model_type='gemma'; supported: llama"
     ):
         load_config(config_file)
 
