@@ -234,10 +234,7 @@ def _overlap(blocks: list[tuple[Span, ...]]) -> bool:
 
 
 def _hf_shapes_of(weight: WeightMap, shapes: HfShapes, layer: int) -> dict[str, tuple[int, ...]]:
-    out = {}
-    for name in weight.hf:
-        out[name.format(i=layer)] = _hf_shape(name, shapes)
-    return out
+    return {name.format(i=layer): _hf_shape(name, shapes) for name in weight.hf}
 
 
 def _hf_shape(name: str, shapes: HfShapes) -> tuple[int, ...]:
