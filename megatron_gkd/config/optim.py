@@ -65,15 +65,6 @@ class OptimConfig(Config):
         return require_patterns(patterns)
 
     @model_validator(mode="after")
-    def _the_distributed_optimizer_is_adam(self) -> Self:
-        if self.use_distributed_optimizer and self.optimizer != "adam":
-            raise ValueError(
-                f"use_distributed_optimizer=true needs optimizer=adam (it is {self.optimizer}), the only one that Megatron "
-                "can split; change one of them"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _min_lr_is_not_above_lr(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}; lower min_lr")
