@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_gkd.checkpoint.integrity import CheckpointError
+from megatron_gkd.models.chunks import LocalModel
 from megatron_gkd.models.lora import merged_parameters
 from megatron_gkd.parallel.groups import ModelGroups
 
@@ -74,7 +74,7 @@ class _Into:
         pass  # ``tensor`` is a view of the block
 
 
-def stream_weights(model: GPTModel, groups: ModelGroups, weights: Path) -> Iterator[tuple[str, Tensor]]:
+def stream_weights(model: LocalModel, groups: ModelGroups, weights: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, content) of each weight of a checkpoint, with what its adapter adds; one at a time is in memory.
 
     Args:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_gkd.checkpoint.blocks import stream_weights
@@ -26,6 +25,7 @@ from megatron_gkd.checkpoint.weights import (
     stored_dtype,
 )
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
+from megatron_gkd.models.chunks import LocalModel
 from megatron_gkd.models.gpt import build_gpt
 from megatron_gkd.models.lora import LoraSpec, attach_adapters, merged_parameters
 from megatron_gkd.parallel.groups import ModelGroups
@@ -123,7 +123,7 @@ def convert_megatron_to_hf(
 
 
 def export_weights(
-    model: GPTModel, file: Path, shapes: HfShapes, groups: ModelGroups, dtype: torch.dtype
+    model: LocalModel, file: Path, shapes: HfShapes, groups: ModelGroups, dtype: torch.dtype
 ) -> None:
     """Write a model in any layout as one safetensors file, each rank its own slices. Collective over the groups' ranks.
 
@@ -172,7 +172,7 @@ def build_for_conversion(
     device: torch.device,
     *,
     is_blank: bool = False,
-) -> GPTModel:
+) -> LocalModel:
     """A model as the converters need it; see ``build_gpt``."""
     return build_gpt(
         shapes,
@@ -185,7 +185,7 @@ def build_for_conversion(
     )
 
 
-def _slices_by_parameter(model: GPTModel, shapes: HfShapes, groups: ModelGroups) -> dict[str, list[Slice]]:
+def _slices_by_parameter(model: LocalModel, shapes: HfShapes, groups: ModelGroups) -> dict[str, list[Slice]]:
     weights = WeightLayout(shapes, groups.layout, model.vocab_size)
     names = list(merged_parameters(model))
     slices: dict[str, list[Slice]] = {name: [] for name in names}
@@ -195,7 +195,7 @@ def _slices_by_parameter(model: GPTModel, shapes: HfShapes, groups: ModelGroups)
 
 
 def _sharded_from(
-    source: HfFolder, model: GPTModel, slices: dict[str, list[Slice]], groups: ModelGroups
+    source: HfFolder, model: LocalModel, slices: dict[str, list[Slice]], groups: ModelGroups
 ) -> dict[str, Any]:
     """The model's ``sharded_state_dict``, with tensors of the files in place of the blank weights.
 

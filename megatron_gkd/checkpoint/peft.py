@@ -5,12 +5,12 @@ import logging
 from pathlib import Path
 
 import torch
-from megatron.core.models.gpt import GPTModel
 
 from megatron_gkd.checkpoint.hf import build_for_conversion, unfinished_folder, write_together
 from megatron_gkd.checkpoint.integrity import CheckpointError
 from megatron_gkd.checkpoint.weights import HF_FILES, WeightSource, load_weights, stored_dtype
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
+from megatron_gkd.models.chunks import LocalModel
 from megatron_gkd.models.lora import attached_spec
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.platform.kernels import Kernels
@@ -57,7 +57,7 @@ def convert_megatron_to_peft(
 
 
 def export_adapters(
-    model: GPTModel, file: Path, shapes: HfShapes, groups: ModelGroups, dtype: torch.dtype
+    model: LocalModel, file: Path, shapes: HfShapes, groups: ModelGroups, dtype: torch.dtype
 ) -> None:
     """Write a model's adapters under PEFT's names. Collective over the groups' ranks."""
     weights, spec = WeightLayout(shapes, groups.layout, model.vocab_size), attached_spec(model)

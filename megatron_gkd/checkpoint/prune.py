@@ -60,7 +60,7 @@ def prune_checkpoint(
     """Write a smaller student with the tokenizer of its teacher, and ``pruning_report.json`` beside it.
 
     Args:
-        hf: Teacher, a llama, qwen2 or qwen3 checkpoint.
+        hf: Teacher, a checkpoint of one of ``megatron_gkd.families``.
         out: Folder to write.
         rows: Calibration text; a few thousand tokens are needed, more than FFN channels.
         keep_ratio: Most parameters of the student, as a share of the teacher's.

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_gkd.checkpoint.hf import copy_side_files
@@ -32,6 +31,7 @@ from megatron_gkd.checkpoint.retention import UNFINISHED, find_best, link_best, 
 from megatron_gkd.checkpoint.space import require_space
 from megatron_gkd.checkpoint.weights import HF_FILES, LORA, WEIGHTS, fill_model
 from megatron_gkd.config.resume import STATE_FILE
+from megatron_gkd.models.chunks import LocalModel
 from megatron_gkd.models.lora import attached_spec
 from megatron_gkd.optim.state import load_optimizer_state, sharded_optimizer_state
 from megatron_gkd.parallel.collectives import broadcast_json
@@ -73,7 +73,7 @@ class CheckpointStore:
     def save(
         self,
         iteration: int,
-        model: GPTModel,
+        model: LocalModel,
         optimizer: MegatronOptimizer,
         state: dict[str, Any],
         metrics: Mapping[str, float] | None = None,
@@ -133,7 +133,7 @@ class CheckpointStore:
             log.warning("Passing over checkpoint %s: %s", name, damage)
         return None
 
-    def load(self, folder: Path, model: GPTModel, optimizer: MegatronOptimizer) -> dict[str, Any]:
+    def load(self, folder: Path, model: LocalModel, optimizer: MegatronOptimizer) -> dict[str, Any]:
         """Fill model, optimizer and random state; returns the JSON state. Collective over all ranks.
 
         The random state is restored only into the layout that saved it (it is unused without dropout).
@@ -189,12 +189,12 @@ class CheckpointStore:
         }
 
 
-def _adapters_of(model: GPTModel) -> dict[str, Any] | None:
+def _adapters_of(model: LocalModel) -> dict[str, Any] | None:
     spec = attached_spec(model)
     return spec.to_json() if spec else None
 
 
-def _check_same_adapters(folder: Path, manifest: dict[str, Any], model: GPTModel) -> None:
+def _check_same_adapters(folder: Path, manifest: dict[str, Any], model: LocalModel) -> None:
     saved, present = manifest.get(LORA), _adapters_of(model)
     for spec in filter(None, (saved, present)):
         spec.pop("dropout")  # may change during a run

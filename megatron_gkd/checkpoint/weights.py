@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_gkd.checkpoint.integrity import CheckpointError, check_everywhere, read_manifest
 from megatron_gkd.config.hf_shapes import HfShapes
+from megatron_gkd.models.chunks import LocalModel, chunks_of
 from megatron_gkd.models.gpt import padded_vocab_size
 from megatron_gkd.models.lora import LoraSpec, attach_adapters, merge_adapters
 from megatron_gkd.parallel.groups import ModelGroups
@@ -50,7 +50,7 @@ class WeightSource:
 
 
 def load_weights(
-    model: GPTModel,
+    model: LocalModel,
     source: WeightSource,
     shapes: HfShapes,
     groups: ModelGroups,
@@ -132,7 +132,7 @@ def load_head(
 
 
 def _load_checkpoint(
-    model: GPTModel,
+    model: LocalModel,
     folder: Path,
     groups: ModelGroups,
     device: torch.device,
@@ -145,7 +145,7 @@ def _load_checkpoint(
     metadata = {"dp_cp_group": groups.pg.dp_cp}
     if is_headless:
         # GPTModel's own method asks for the weight of an output layer; its base class takes the modules as they are
-        wanted = MegatronModule.sharded_state_dict(model, metadata=metadata)
+        wanted = MegatronModule.sharded_state_dict(chunks_of(model)[0], metadata=metadata)
     else:
         wanted = model.sharded_state_dict(metadata=metadata)
     state: Any = dist_checkpointing.load(wanted, str(folder / WEIGHTS))
@@ -166,7 +166,7 @@ def require_whole(folder: Path, device: torch.device) -> None:
         raise CheckpointError(f"{folder} cannot be loaded: {damage}")
 
 
-def fill_model(model: GPTModel, weights: dict[str, Any], folder: Path) -> None:
+def fill_model(model: LocalModel, weights: dict[str, Any], folder: Path) -> None:
     """Load a state dict that came from ``folder``.
 
     Raises:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gkd.cli.outcome import run_tool
+from megatron_gkd.families import FAMILIES
 
 
 def main_hf_to_megatron(argv: Sequence[str] | None = None) -> int:
     """``tools/convert_hf_to_megatron.py``."""
     parser = argparse.ArgumentParser(
-        description="Write a Megatron checkpoint from a Hugging Face folder (llama, qwen2, qwen3; safetensors). "
+        description=f"Write a Megatron checkpoint from a Hugging Face folder ({', '.join(FAMILIES)}; safetensors). "
         "The result loads into any tensor- and pipeline-parallel layout."
     )
     parser.add_argument(

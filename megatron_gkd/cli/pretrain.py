@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from megatron_gkd.cli.outcome import REFUSED
 from megatron_gkd.config import ConfigError, GkdConfig, load_config
 from megatron_gkd.config.resume import check_resume
-from megatron_gkd.models.families.patterns import check_patterns
+from megatron_gkd.models.patterns import check_patterns
 from megatron_gkd.platform.environment import Environment, Place
 
 log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_gkd.cli.outcome import run_tool
+from megatron_gkd.families import FAMILIES
 
 CALIBRATION_TOKENS = 8192
 
@@ -13,7 +14,7 @@ CALIBRATION_TOKENS = 8192
 def main(argv: Sequence[str] | None = None) -> int:
     """``tools/prune_hf.py``."""
     parser = argparse.ArgumentParser(
-        description="Write a smaller student from a Hugging Face folder (llama, qwen2, qwen3): layers and FFN "
+        description=f"Write a smaller student from a Hugging Face folder ({', '.join(FAMILIES)}): layers and FFN "
         "channels dropped by measured effect, the rest refitted, query groups filled up for tensor parallelism."
     )
     parser.add_argument(

@@ -14,7 +14,9 @@ from megatron_gkd.config.schema import (
     GkdConfig,
     GkdSection,
     LoggingConfig,
+    RecomputeConfig,
     StudentConfig,
+    StudentParallelConfig,
     TrainConfig,
 )
 from megatron_gkd.config.teacher import (
@@ -40,11 +42,13 @@ __all__ = [
     "NoTeacherConfig",
     "OptimConfig",
     "ParallelConfig",
+    "RecomputeConfig",
     "RolloutConfig",
     "RuntimeConfig",
     "ServerTeacherConfig",
     "SglangRolloutConfig",
     "StudentConfig",
+    "StudentParallelConfig",
     "TeacherConfig",
     "TrainConfig",
     "load_config",

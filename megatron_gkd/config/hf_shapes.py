@@ -1,8 +1,8 @@
 """Sizes and variants of a model, read from the config.json of a Hugging Face folder.
 
-Read by hand, so that a configuration is checked without torch or transformers. Supported: dense llama, qwen2
-and qwen3 with silu, plain rotary embeddings and full attention; everything else is refused here, before any
-rank starts.
+Read by hand, so that a configuration is checked without torch or transformers. Supported: the dense families of
+``megatron_gkd.families`` with silu, rotary embeddings that are plain or scaled as in Llama 3, and attention that
+reaches every earlier position of a sequence; everything else is refused before any rank starts.
 """
 
 import json
@@ -12,8 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gkd.config.errors import ConfigError
+from megatron_gkd.families import Family, family_of
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3's change of the rotary frequencies for longer contexts; the names are those of config.json."""
+
+    factor: float
+    """Waves longer than original_max_position_embeddings / low_freq_factor are stretched by it."""
+    low_freq_factor: float
+    high_freq_factor: float
+    """Waves shorter than original_max_position_embeddings / high_freq_factor stay; between the two it is a mixture."""
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -21,7 +32,7 @@ class HfShapes:
     """What Megatron needs to know to build the model of a Hugging Face folder."""
 
     model_type: str
-    """One of ``MODEL_TYPES``."""
+    """A name in ``megatron_gkd.families.FAMILIES``."""
     vocab_size: int
     """Rows of the embedding in the Hugging Face checkpoint, before any padding for tensor parallelism."""
     hidden_size: int
@@ -42,6 +53,11 @@ class HfShapes:
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     """From config.json and generation_config.json, in that order; generation stops at any of them."""
+    rope_scaling: Llama3Scaling | None = None
+    """``None``: plain rotary embeddings."""
+    sliding_window: int | None = None
+    """Positions that attention reaches back over, its own included. The model is built with full attention, which is the
+    same up to this length; ``config.rules`` refuses longer sequences. ``None``: no limit."""
 
     @property
     def num_parameters(self) -> int:
@@ -77,29 +93,35 @@ def load_hf_shapes(folder: Path) -> HfShapes:
     """
     file = folder / "config.json"
     config = _read_json(file)
+    try:
+        family = family_of(str(config.get("model_type")))
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from None
     problems = _find_unsupported(config)
     reader = _Reader(config, problems)
     heads = reader.size("num_attention_heads")
     hidden_size = reader.size("hidden_size")
-    head_dim = _head_dim(reader, hidden_size, heads)
+    derived = {"head_dim": hidden_size // heads or None, "num_key_value_heads": heads}
+    defaults = {key: derived[key] for key in family.may_omit}
+    rope = _rope_parameters(config)
     shapes = HfShapes(
-        model_type=str(config.get("model_type")),
+        model_type=family.model_type,
         vocab_size=reader.size("vocab_size"),
         hidden_size=hidden_size,
         num_layers=reader.size("num_hidden_layers"),
         num_attention_heads=heads,
-        num_query_groups=reader.size(
-            "num_key_value_heads", heads if config.get("model_type") == "llama" else None
-        ),
-        head_dim=head_dim,
+        num_query_groups=reader.size("num_key_value_heads", defaults.get("num_key_value_heads")),
+        head_dim=reader.size("head_dim", defaults.get("head_dim")),
         ffn_hidden_size=reader.size("intermediate_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=config.get("model_type") == "qwen2",
-        qk_norm=config.get("model_type") == "qwen3",
-        rope_theta=_rope_theta(reader),
+        qkv_bias=family.has_qkv_bias,
+        qk_norm=family.has_qk_norm,
+        rope_theta=_Reader(rope, problems).positive("rope_theta", 10000.0),
         rms_norm_eps=reader.positive("rms_norm_eps", 1e-6),
         max_position_embeddings=reader.size("max_position_embeddings"),
         eos_token_ids=_eos_token_ids(folder, config),
+        rope_scaling=_rope_scaling(_Reader(rope, problems)),
+        sliding_window=_sliding_window(reader, family),
     )
     if not problems and shapes.num_attention_heads % shapes.num_query_groups:
         problems.append(
@@ -147,18 +169,19 @@ class _Reader:
         value = default if value is None else value
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
             return value
-        self._note(key, value, "a whole number of at least 1 is needed")
+        self.note(key, value, "a whole number of at least 1 is needed")
         return 1
 
-    def positive(self, key: str, default: float) -> float:
-        """A number above 0; where it is none, the problem is noted and ``default`` returned."""
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A number above 0; where it is none, the problem is noted and 1 returned."""
         value = self.config.get(key, default)
         if isinstance(value, int | float) and value > 0:
             return float(value)
-        self._note(key, value, "a number above 0 is needed")
-        return default
+        self.note(key, value, "a number above 0 is needed")
+        return 1.0
 
-    def _note(self, key: str, value: Any, need: str) -> None:
+    def note(self, key: str, value: Any, need: str) -> None:
+        """Add a problem with a key."""
         found = f"{key} is missing" if value is None else f"{key}={value!r}"
         self._problems.append(f"{found}; {need}")
 
@@ -177,15 +200,13 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _find_unsupported(config: Mapping[str, Any]) -> list[str]:
     """Settings that would change the model's function and that this program does not build."""
-    if config.get("model_type") not in MODEL_TYPES:
-        return [f"model_type={config.get('model_type')!r}; supported: {', '.join(MODEL_TYPES)}"]
-    problems = []
+    problems, rope = [], _rope_parameters(config)
     for key, supported in (
         ("hidden_act", "silu"),
         ("partial_rotary_factor", 1.0),
         ("quantization_config", None),
     ):
-        value = config.get(key)
+        value = rope.get(key, config.get(key))
         if value is not None and value != supported:
             hint = "save the weights unquantized first" if supported is None else f"supported: {supported}"
             problems.append(f"{key}={value!r}; {hint}")
@@ -194,26 +215,42 @@ def _find_unsupported(config: Mapping[str, Any]) -> list[str]:
     windowed = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
     if windowed:
         problems.append(f"layer_types has {', '.join(map(repr, windowed))}; supported: full_attention")
-    for key in ("rope_scaling", "rope_parameters"):
-        scaling = config.get(key) or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            problems.append(f"{key} has rope_type={kind!r}; supported: default (no scaling)")
+    kind = _rope_type(rope)
+    if kind not in ("default", "llama3"):
+        problems.append(f"rope_type={kind!r} (rotary embedding); supported: default, llama3")
     return problems
 
 
-def _head_dim(reader: _Reader, hidden_size: int, heads: int) -> int:
-    """Llama and Qwen2 divide the hidden size by the heads unless told otherwise; Qwen3 always says it."""
-    derived = hidden_size // heads if reader.config.get("model_type") in ("llama", "qwen2") else None
-    return reader.size("head_dim", derived or None)
+def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Transformers 5 writes all of them as rope_parameters, earlier versions rope_scaling and rope_theta."""
+    old = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    return {**old, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
 
 
-def _rope_theta(reader: _Reader) -> float:
-    """Transformers 5 writes it into rope_parameters, earlier versions beside the other keys."""
-    parameters = reader.config.get("rope_parameters") or {}
-    if "rope_theta" in parameters:
-        return _Reader(parameters, reader._problems).positive("rope_theta", 10000.0)
-    return reader.positive("rope_theta", 10000.0)
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _rope_scaling(rope: _Reader) -> Llama3Scaling | None:
+    if _rope_type(rope.config) != "llama3":
+        return None
+    scaling = Llama3Scaling(
+        *(rope.positive(key) for key in ("factor", "low_freq_factor", "high_freq_factor")),
+        original_max_position_embeddings=rope.size("original_max_position_embeddings"),
+    )
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        rope.note(
+            "low_freq_factor",
+            scaling.low_freq_factor,
+            f"it must be below high_freq_factor={scaling.high_freq_factor}",
+        )
+    return scaling
+
+
+def _sliding_window(reader: _Reader, family: Family) -> int | None:
+    if family.default_sliding_window is None or reader.config.get("sliding_window", 0) is None:
+        return None
+    return reader.size("sliding_window", family.default_sliding_window)
 
 
 def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -48,6 +48,8 @@ class OptimConfig(Config):
     use_distributed_optimizer: bool = False
     """Split the optimizer's state over the copies of the student (data-parallel ranks), to save memory; for
     optimizer=adam."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the copies of the student while the backward pass still runs."""
 
     def num_warmup_iters(self, train_iters: int) -> int:
         """Iterations of the warm-up in a run of ``train_iters``."""

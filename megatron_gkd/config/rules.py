@@ -44,6 +44,8 @@ def find_file_problems(config: "GkdConfig") -> list[str]:
             continue
         problems += _weight_problems(name, model)
         problems += _layout_problems(name, model, shapes[name])
+        if name == "student":
+            problems += _chunk_problems(config, shapes[name])
         problems += _length_problems(config, name, shapes[name])
     if len(shapes) == 2:
         problems += _vocabulary_problems(
@@ -77,7 +79,21 @@ def find_world_problems(config: "GkdConfig", world_size: int) -> list[str]:
                 f"train.global_batch_size={batch} is not divisible by {product} copies of the {name}; "
                 f"use a multiple of {micro * copies}"
             )
+        elif name == "student":
+            problems += _interleaving_problems(config, batch // (micro * copies))
     return problems
+
+
+def _interleaving_problems(config: "GkdConfig", num_micro_batches: int) -> Iterator[str]:
+    parallel = config.student.parallel
+    pp = parallel.pipeline_model_parallel_size
+    if parallel.virtual_pipeline_model_parallel_size > 1 and num_micro_batches % pp:
+        yield (
+            f"student.parallel.virtual_pipeline_model_parallel_size={parallel.virtual_pipeline_model_parallel_size} "
+            f"works on groups of pipeline_model_parallel_size={pp} micro-batches, but every copy of the student has "
+            f"{num_micro_batches}; change train.global_batch_size or train.micro_batch_size so that they are a "
+            f"multiple of {pp}"
+        )
 
 
 def _load_shapes(name: str, model: "ModelConfig") -> HfShapes:
@@ -174,6 +190,16 @@ def _layout_problems(name: str, model: "ModelConfig", shapes: HfShapes) -> Itera
         )
 
 
+def _chunk_problems(config: "GkdConfig", shapes: HfShapes) -> Iterator[str]:
+    parallel = config.student.parallel
+    pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if shapes.num_layers % pp == 0 and shapes.num_layers // pp % chunks:
+        yield (
+            f"student.parallel.virtual_pipeline_model_parallel_size={chunks} does not divide "
+            f"the {shapes.num_layers // pp} layers of a pipeline stage"
+        )
+
+
 def _length_problems(config: "GkdConfig", name: str, shapes: HfShapes) -> Iterator[str]:
     key, length, total = "max_prompt_length", config.data.max_prompt_length, config.seq_length
     if name == "teacher" and config.teacher_seq_length > total:
@@ -184,6 +210,12 @@ def _length_problems(config: "GkdConfig", name: str, shapes: HfShapes) -> Iterat
             f"data.{key}={length} + rollout.max_new_tokens="
             f"{config.rollout.max_new_tokens} = {total} tokens, but the {name} was made for "
             f"{shapes.max_position_embeddings} (max_position_embeddings); shorten one of them"
+        )
+    elif shapes.sliding_window is not None and config.seq_length > shapes.sliding_window:
+        yield (
+            f"data.max_prompt_length={config.data.max_prompt_length} + rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} = {config.seq_length} tokens, but the attention of the {name} reaches "
+            f"back over sliding_window={shapes.sliding_window} only, which is not built; shorten one of them"
         )
 
 
@@ -243,10 +275,18 @@ def _sparse_loss_problems(config: "GkdConfig") -> Iterator[str]:
 
 
 def _embedded_engine_problems(config: "GkdConfig") -> Iterator[str]:
-    if config.rollout.kind == "megatron" and config.student.parallel.sequence_parallel:
+    if config.rollout.kind != "megatron":
+        return
+    if config.student.parallel.sequence_parallel:
         yield (
             "rollout.kind=megatron generates one token at a time, which student.parallel.sequence_parallel=true cannot split; "
             "set it to false or use rollout.kind=sglang"
+        )
+    if (chunks := config.student.parallel.virtual_pipeline_model_parallel_size) > 1:
+        yield (
+            "rollout.kind=megatron passes every token through the pipeline once, which "
+            f"student.parallel.virtual_pipeline_model_parallel_size={chunks} would repeat; "
+            "set it to 1 or use rollout.kind=sglang"
         )
 
 

@@ -17,16 +17,51 @@ from megatron_gkd.config.data import DataConfig, EvaluationConfig
 from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.lora import LoraConfig
 from megatron_gkd.config.loss import LossConfig
-from megatron_gkd.config.model import ModelConfig
+from megatron_gkd.config.model import ModelConfig, ParallelConfig
 from megatron_gkd.config.optim import OptimConfig, require_patterns
 from megatron_gkd.config.rollout import RolloutConfig, SglangRolloutConfig
 from megatron_gkd.config.runtime import RuntimeConfig
 from megatron_gkd.config.teacher import TeacherConfig
 
 
+class StudentParallelConfig(ParallelConfig):
+    """How one copy of the student is spread over ranks; all other ranks hold further copies (data parallel)."""
+
+    virtual_pipeline_model_parallel_size: int = Field(default=1, ge=1)
+    """Chunks of layers on every pipeline stage; more shorten the idle time at both ends of an iteration
+    and cost more communication. Needs pipeline_model_parallel_size > 1."""
+
+    @model_validator(mode="after")
+    def _virtual_stages_need_a_pipeline(self) -> Self:
+        chunks, pp = self.virtual_pipeline_model_parallel_size, self.pipeline_model_parallel_size
+        if chunks > 1 and pp == 1:
+            raise ValueError(
+                f"virtual_pipeline_model_parallel_size={chunks} needs pipeline_model_parallel_size > 1 (it is 1); "
+                "raise it or set virtual_pipeline_model_parallel_size=1"
+            )
+        return self
+
+
+class RecomputeConfig(Config):
+    """Activations that the backward pass computes again instead of keeping them: less memory, more time."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """selective: only the parts named by modules; full: whole layers, of which only the input is kept."""
+    modules: tuple[Literal["core_attn", "mlp"], ...] = Field(default=("core_attn",), min_length=1)
+    """Parts of every layer that selective computes again; core_attn is what Transformer Engine's fused
+    attention does by itself."""
+    method: Literal["uniform", "block"] = "uniform"
+    """Layers that full computes again. uniform: all, keeping the input of every num_layers-th; block: the
+    first num_layers of each pipeline stage, one by one."""
+    num_layers: int = Field(default=1, ge=1)
+    """See method."""
+
+
 class StudentConfig(ModelConfig):
     """The model that learns."""
 
+    parallel: StudentParallelConfig = StudentParallelConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
     make_vocab_size_divisible_by: int = Field(default=1, ge=1)
     """The vocabulary is padded to a multiple of this times the tensor-parallel size; the padding takes no
     part in the loss."""

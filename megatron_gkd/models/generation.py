@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
+from megatron_gkd.models.chunks import LocalModel
 from megatron_gkd.models.gpt import HiddenTap
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.platform.seeded_sampling import sample_with_seed
@@ -42,7 +42,7 @@ class SamplingRule:
 
 @torch.no_grad()
 def generate(
-    model: GPTModel,
+    model: LocalModel,
     groups: ModelGroups,
     tap: HiddenTap | None,
     prompts: Sequence[Sequence[int]],

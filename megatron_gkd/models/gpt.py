@@ -15,11 +15,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from megatron_gkd.config.hf_shapes import HfShapes
+from megatron_gkd.config.schema import RecomputeConfig
+from megatron_gkd.models.chunks import LocalModel, ModelChunks, chunks_of
+from megatron_gkd.models.rotary import rotary_frequencies
+from megatron_gkd.models.transformer import transformer_config
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.platform.kernels import Kernels
 
@@ -52,9 +55,10 @@ class HiddenTap:
     dict, DDP and the all-reduce of a tied embedding's gradient are unchanged. While off, logits come out as usual.
     """
 
-    def __init__(self, model: GPTModel):
+    def __init__(self, model: LocalModel):
         self.is_on = True
-        real_forward = model.output_layer.forward
+        output_layer = chunks_of(model)[-1].output_layer
+        real_forward = output_layer.forward
         tap = self
 
         def forward(self, input_, weight=None, runtime_gather_output=None):
@@ -62,7 +66,7 @@ class HiddenTap:
                 return input_, None
             return real_forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
 
-        model.output_layer.forward = types.MethodType(forward, model.output_layer)
+        output_layer.forward = types.MethodType(forward, output_layer)
 
     def __enter__(self):
         """Let logits through for the length of a ``with`` block."""
@@ -78,54 +82,6 @@ def padded_vocab_size(vocab_size: int, *, divisible_by: int, tp_size: int) -> in
     return -(-vocab_size // multiple) * multiple
 
 
-def transformer_config(
-    shapes: HfShapes,
-    groups: ModelGroups,
-    *,
-    dtype: torch.dtype,
-    sequence_parallel: bool,
-    kernels: Kernels,
-    on_cpu: bool,
-) -> TransformerConfig:
-    """Megatron's description of a dense Llama-like model."""
-    has_te = kernels.transformer_engine
-    return TransformerConfig(
-        num_layers=shapes.num_layers,
-        hidden_size=shapes.hidden_size,
-        ffn_hidden_size=shapes.ffn_hidden_size,
-        num_attention_heads=shapes.num_attention_heads,
-        num_query_groups=shapes.num_query_groups,
-        kv_channels=shapes.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=shapes.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=shapes.qkv_bias,
-        qk_layernorm=shapes.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=groups.layout.tp_size,
-        pipeline_model_parallel_size=groups.layout.pp_size,
-        sequence_parallel=sequence_parallel,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        calculate_per_token_loss=True,
-        # weights are always loaded, never drawn
-        use_cpu_initialization=on_cpu,
-        perform_initialization=False,
-        attention_backend=AttnBackend[kernels.attention],
-        gradient_accumulation_fusion=kernels.apex_gradient_fusion,
-        # fusions need torch.compile or CUDA kernels; they change no result
-        bias_activation_fusion=not on_cpu,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=has_te,
-        persist_layer_norm=has_te,
-    )
-
-
 def build_gpt(
     shapes: HfShapes,
     groups: ModelGroups,
@@ -136,10 +92,11 @@ def build_gpt(
     max_seq_length: int,
     vocab_divisible_by: int = 1,
     sequence_parallel: bool = False,
+    recompute: RecomputeConfig = RecomputeConfig(),  # noqa: B008  (frozen)
     is_headless: bool = False,
     is_blank: bool = False,
-) -> GPTModel:
-    """This rank's part of the model on ``device``, every weight zero.
+) -> LocalModel:
+    """This rank's part of the model on ``device``, every weight zero; in chunks if the layout has virtual stages.
 
     Args:
         shapes: Sizes from config.json.
@@ -150,38 +107,79 @@ def build_gpt(
         max_seq_length: Longest sequence in positions.
         vocab_divisible_by: The vocabulary is padded to a multiple of this times the tensor-parallel size.
         sequence_parallel: Split activations between the tensor-parallel regions along the sequence.
+        recompute: Activations that the backward pass computes again.
         is_headless: Leave the output layer out; the model returns hidden states (after the final norm).
         is_blank: Leave the weights as they are allocated, so that they take no memory until they are written.
     """
     on_cpu = device.type == "cpu"
     config = transformer_config(
-        shapes, groups, dtype=dtype, sequence_parallel=sequence_parallel, kernels=kernels, on_cpu=on_cpu
+        shapes,
+        groups,
+        dtype=dtype,
+        sequence_parallel=sequence_parallel,
+        recompute=recompute,
+        kernels=kernels,
+        on_cpu=on_cpu,
     )
     vocab_size = padded_vocab_size(
         shapes.vocab_size, divisible_by=vocab_divisible_by, tp_size=groups.layout.tp_size
     )
+    chunks = [
+        _build_chunk(
+            config,
+            shapes,
+            groups,
+            i,
+            vocab_size=vocab_size,
+            max_seq_length=max_seq_length,
+            is_headless=is_headless,
+            is_blank=is_blank,
+            kernels=kernels,
+        ).to(device=device, dtype=dtype)  # norms are made in fp32
+        for i in range(groups.layout.vpp_size)
+    ]
+    return ModelChunks(chunks) if len(chunks) > 1 else chunks[0]
+
+
+def _build_chunk(
+    config: TransformerConfig,
+    shapes: HfShapes,
+    groups: ModelGroups,
+    index: int,
+    *,
+    vocab_size: int,
+    max_seq_length: int,
+    is_headless: bool,
+    is_blank: bool,
+    kernels: Kernels,
+) -> GPTModel:
+    """One of this rank's chunks; the first of the first stage has the embedding, the last of the last the head."""
+    num_chunks = groups.layout.vpp_size
+    has_head = groups.is_last_stage and index == num_chunks - 1
+    vp_stage = index if num_chunks > 1 else None
     model = GPTModel(
         config,
-        block_spec(config, qk_layernorm=shapes.qk_norm, kernels=kernels),
+        block_spec(config, vp_stage, groups.pp_rank, qk_layernorm=shapes.qk_norm, kernels=kernels),
         vocab_size,
         max_seq_length,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
+        pre_process=groups.is_first_stage and index == 0,
+        post_process=has_head,
         parallel_output=True,
         share_embeddings_and_output_weights=shapes.tied and not is_headless,
         position_embedding_type="rope",
-        rotary_base=shapes.rope_theta,  # pyright: ignore[reportArgumentType]  (any number works)
         pg_collection=groups.pg,
+        vp_stage=vp_stage,
     )
-    if is_headless and groups.is_last_stage:
+    model.rotary_pos_emb.inv_freq = rotary_frequencies(shapes)
+    if is_headless and has_head:
         model.add_module("output_layer", HiddenOnly())
     _mark_split_weights(model)
     for parameter in () if is_blank else model.parameters():
         parameter.data.zero_()  # padding rows stay zero; nothing is left as uninitialised memory
-    return model.to(device=device, dtype=dtype)  # norms are made in fp32
+    return model
 
 
-def keep_graph_in_recompute(model: GPTModel) -> None:
+def keep_graph_in_recompute(model: LocalModel) -> None:
     """Let layers behind a frozen embedding learn with full recomputation too.
 
     It hands on a tensor without a graph where no input needs a gradient, and the first stage would not be trained.
@@ -191,8 +189,9 @@ def keep_graph_in_recompute(model: GPTModel) -> None:
         is_recomputed = model.config.recompute_granularity == "full" and torch.is_grad_enabled()
         return output.requires_grad_() if is_recomputed and not output.requires_grad else output
 
-    if model.pre_process:
-        model.embedding.register_forward_hook(require_gradient)
+    first = chunks_of(model)[0]
+    if first.pre_process:
+        first.embedding.register_forward_hook(require_gradient)
 
 
 def _mark_split_weights(model: GPTModel) -> None:
@@ -211,9 +210,11 @@ def _mark_split_weights(model: GPTModel) -> None:
             tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
-def block_spec(config: TransformerConfig, *, qk_layernorm: bool, kernels: Kernels) -> Any:
+def block_spec(
+    config: TransformerConfig, vp_stage: int | None, pp_rank: int, *, qk_layernorm: bool, kernels: Kernels
+) -> Any:
     """Transformer Engine's layers where there are any, plain torch ones elsewhere (``TransformerBlockSubmodules``)."""
-    num_layers = get_num_layers_to_build(config)
+    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     if kernels.transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         from megatron.core.extensions.transformer_engine import TENorm
@@ -229,11 +230,12 @@ def block_spec(config: TransformerConfig, *, qk_layernorm: bool, kernels: Kernel
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def head_weight(model: GPTModel) -> Tensor:
+def head_weight(model: LocalModel) -> Tensor:
     """[V, H] shard of the output projection on the last stage; the embedding's copy if tied."""
+    last = chunks_of(model)[-1]
     # shared_embedding_or_output_weight() answers with the embedding on a first stage even if nothing is shared
-    is_in_embedding = model.share_embeddings_and_output_weights and model.pre_process
-    layer: Any = model.embedding.word_embeddings if is_in_embedding else model.output_layer
+    is_in_embedding = last.share_embeddings_and_output_weights and last.pre_process
+    layer: Any = last.embedding.word_embeddings if is_in_embedding else last.output_layer
     return layer.weight
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_gkd.models.chunks import LocalModel, chunks_of
 from megatron_gkd.parallel.groups import ModelGroups
 
 _COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
@@ -124,7 +124,7 @@ class Adapter(torch.nn.Module):
         return region(hidden_SBR, group=self._group)
 
 
-def attach_adapters(model: GPTModel, spec: LoraSpec, groups: ModelGroups) -> None:
+def attach_adapters(model: LocalModel, spec: LoraSpec, groups: ModelGroups) -> None:
     """Put an adapter beside every target; A and B are zero, and the model computes what it did before."""
     for _, target, layer in _layers(model, spec.targets):
         layer.add_module(
@@ -135,12 +135,12 @@ def attach_adapters(model: GPTModel, spec: LoraSpec, groups: ModelGroups) -> Non
     marked.lora = spec
 
 
-def attached_spec(model: GPTModel) -> LoraSpec | None:
+def attached_spec(model: LocalModel) -> LoraSpec | None:
     """What adapters the model has, if any."""
     return getattr(model, "lora", None)
 
 
-def start_training_adapters(model: GPTModel, groups: ModelGroups, *, seed: int) -> None:
+def start_training_adapters(model: LocalModel, groups: ModelGroups, *, seed: int) -> None:
     """Freeze all weights but the adapters', and draw every A; B stays zero.
 
     A is uniform in +-1 / sqrt(inputs), as PEFT draws it, and depends on seed, layer and target alone, not on the layout.
@@ -155,12 +155,12 @@ def start_training_adapters(model: GPTModel, groups: ModelGroups, *, seed: int) 
         layer.adapter.lora_A.data.copy_(full_RI.chunk(split, dim=1)[groups.tp_rank % split])
 
 
-def merged_parameters(model: GPTModel) -> Mapping[str, Tensor]:
+def merged_parameters(model: LocalModel) -> Mapping[str, Tensor]:
     """The model's weights by name, each with what its adapter adds; made when asked for, always the present ones."""
     return _MergedParameters(model)
 
 
-def merge_adapters(model: GPTModel) -> None:
+def merge_adapters(model: LocalModel) -> None:
     """Add the adapters to the weights and remove them."""
     merged, spec = merged_parameters(model), attached_spec(model)
     assert spec is not None  # there are adapters to merge
@@ -173,7 +173,7 @@ def merge_adapters(model: GPTModel) -> None:
 
 
 class _MergedParameters(Mapping[str, Tensor]):
-    def __init__(self, model: GPTModel):
+    def __init__(self, model: LocalModel):
         self._weights = {n: p for n, p in model.named_parameters() if ".adapter." not in n}
         self._adapters = {
             f"{name.removesuffix('.adapter')}.weight": module
@@ -196,9 +196,9 @@ class _MergedParameters(Mapping[str, Tensor]):
         return len(self._weights)
 
 
-def _layers(model: GPTModel, targets: Sequence[str]) -> Iterator[tuple[int, str, Any]]:
+def _layers(model: LocalModel, targets: Sequence[str]) -> Iterator[tuple[int, str, Any]]:
     """(number in the whole model, target, linear layer) of this rank's targets."""
-    blocks: Any = model.decoder.layers
+    blocks: list[Any] = [block for chunk in chunks_of(model) for block in chunk.decoder.layers]
     for block in blocks:
         for target in targets:
             parent = block.mlp if target in ("linear_fc1", "linear_fc2") else block.self_attention

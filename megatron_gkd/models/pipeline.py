@@ -5,6 +5,7 @@ Shapes: B = sequences of a micro-batch, S = positions, H = hidden, T = rows unde
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
+from megatron_gkd.models.chunks import LocalModel, chunks_of
 from megatron_gkd.models.gpt import select_rows
 from megatron_gkd.parallel.groups import ModelGroups
 
@@ -20,30 +22,35 @@ LossFunction = Callable[[Tensor, Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
 def train_schedule(
-    model: torch.nn.Module, config: Any, groups: ModelGroups, micro_batches: Sequence[Any], loss: LossFunction
+    chunks: Sequence[torch.nn.Module],
+    config: Any,
+    groups: ModelGroups,
+    micro_batches: Sequence[Any],
+    loss: LossFunction,
 ) -> list[dict[str, Tensor]]:
     """Forward and backward over all micro-batches; gradients are finished (reduced, divided by the token count).
 
     Args:
-        model: The DDP-wrapped model.
+        chunks: The DDP-wrapped model, one entry per chunk of this rank.
         config: Its TransformerConfig.
         groups: Its layout and groups.
-        micro_batches: Objects with ``tokens_BS`` and ``position_ids_BS``, all of one shape.
+        micro_batches: Objects with ``tokens_BS`` and ``position_ids_BS``, all of one shape. With several chunks their
+            number is a multiple of the pipeline stages.
         loss: Called on the last stage.
 
     Returns:
         One report per micro-batch on the last stage, nothing elsewhere.
     """
 
-    return _run(model, config, groups, micro_batches, _with_loss(loss), forward_only=False)
+    return _run(chunks, config, groups, micro_batches, _with_loss(loss), forward_only=False)
 
 
 def evaluate_schedule(
-    model: torch.nn.Module, config: Any, groups: ModelGroups, micro_batches: Sequence[Any], loss: LossFunction
+    model: LocalModel, config: Any, groups: ModelGroups, micro_batches: Sequence[Any], loss: LossFunction
 ) -> list[dict[str, Tensor]]:
     """As ``train_schedule``, forward only and in evaluation mode; no gradient is touched."""
     with evaluation_mode(model):
-        return _run(model, config, groups, micro_batches, _with_loss(loss), forward_only=True)
+        return _run(chunks_of(model), config, groups, micro_batches, _with_loss(loss), forward_only=True)
 
 
 @contextlib.contextmanager
@@ -59,9 +66,15 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def forward_rows(
-    model: torch.nn.Module, config: Any, groups: ModelGroups, micro_batches: Sequence[Any]
+    model: LocalModel, config: Any, groups: ModelGroups, micro_batches: Sequence[Any]
 ) -> list[Tensor]:
     """Hidden states of the rows under each micro-batch's ``loss_mask_BS``; no gradient.
+
+    Args:
+        model: This rank's part of the model.
+        config: Its TransformerConfig.
+        groups: Its layout and groups.
+        micro_batches: Dataclass objects with ``tokens_BS``, ``position_ids_BS`` and ``loss_mask_BS``, all of one shape.
 
     Returns:
         [T, H] per micro-batch on every rank of the last stage, nothing elsewhere.
@@ -81,10 +94,25 @@ def forward_rows(
 
         return output, rows
 
+    padded = _fill_last_group(micro_batches, groups)
     with torch.no_grad():
-        return _run(
-            model, config, groups, micro_batches, forward_step, forward_only=True, collect_non_loss_data=True
+        found = _run(
+            chunks_of(model),
+            config,
+            groups,
+            padded,
+            forward_step,
+            forward_only=True,
+            collect_non_loss_data=True,
         )
+    return found[: len(micro_batches)]
+
+
+def _fill_last_group(micro_batches: Sequence[Any], groups: ModelGroups) -> list[Any]:
+    """The interleaved schedule takes micro-batches in groups, one per pipeline stage; the added ones have no rows."""
+    missing = -len(micro_batches) % groups.layout.pp_size if groups.layout.vpp_size > 1 else 0
+    last = micro_batches[-1]
+    return [*micro_batches, *[replace(last, loss_mask_BS=torch.zeros_like(last.loss_mask_BS))] * missing]
 
 
 def _with_loss(loss: LossFunction) -> Callable[..., Any]:
@@ -102,18 +130,24 @@ def _forward(model: torch.nn.Module, micro_batch: Any) -> Tensor:
     return model(micro_batch.tokens_BS.to(device), micro_batch.position_ids_BS.to(device), None)
 
 
-def _run(model, config, groups: ModelGroups, micro_batches, forward_step, **options) -> list:
+def _run(
+    chunks: Sequence[torch.nn.Module], config, groups: ModelGroups, micro_batches, forward_step, **options
+) -> list:
     # get_forward_backward_func() would decide by the global pipeline size; this model may have its own
-    if groups.layout.pp_size > 1:
-        schedule = schedules.forward_backward_pipelining_without_interleaving
-        options["p2p_communicator"] = P2PCommunicator(groups.pg.pp, config)
-    else:
+    if groups.layout.pp_size == 1:
         schedule = schedules.forward_backward_no_pipelining
+    else:
+        options["p2p_communicator"] = P2PCommunicator(groups.pg.pp, config)
+        schedule = (
+            schedules.forward_backward_pipelining_with_interleaving
+            if groups.layout.vpp_size > 1
+            else schedules.forward_backward_pipelining_without_interleaving
+        )
     num_sequences, seq_length = micro_batches[0].tokens_BS.shape
     return schedule(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=model,
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(micro_batches),
         seq_length=seq_length,
         micro_batch_size=num_sequences,

@@ -1,6 +1,6 @@
 """Megatron's DDP wrapper and its optimizers, and the question that every rank must answer alike: are the gradients finite?"""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,21 +24,35 @@ from megatron_gkd.config.optim import OptimConfig
 from megatron_gkd.parallel.groups import ModelGroups
 
 
-def wrap_ddp(model: GPTModel, groups: ModelGroups, config: OptimConfig) -> DistributedDataParallel:
-    """Data parallelism with gradients summed in fp32."""
+def wrap_ddp(
+    chunks: Sequence[GPTModel], groups: ModelGroups, config: OptimConfig
+) -> list[DistributedDataParallel]:
+    """Data parallelism with gradients summed in fp32, for each chunk of this rank's model."""
     # calculate_per_token_loss: gradients are summed here and divided by the global token count when finished
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=False,
         use_distributed_optimizer=config.use_distributed_optimizer,
+        overlap_grad_reduce=config.overlap_grad_reduce,
     )
-    ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=groups.pg)
-    model.config.finalize_model_grads_func = finalize_model_grads
+    config_of_model: Any = chunks[0].config  # one object for all chunks
+    ddp = [
+        # the first chunk is the last one in the backward pass: only its sums have nothing to hide behind
+        DistributedDataParallel(
+            config_of_model, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups.pg
+        )
+        for i, chunk in enumerate(chunks)
+    ]
+    config_of_model.finalize_model_grads_func = finalize_model_grads
+    if config.overlap_grad_reduce:
+        # sums start with the last micro-batch, not with each
+        no_sync = [chunk.no_sync for chunk in ddp]
+        config_of_model.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return ddp
 
 
 def build_optimizer(
-    ddp: DistributedDataParallel,
+    ddp: list[DistributedDataParallel],
     groups: ModelGroups,
     config: OptimConfig,
     dtype: torch.dtype,
@@ -67,14 +81,15 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
     )
+    chunks: list[Any] = ddp
     optimizer = get_megatron_optimizer(
         optimizer_config,
-        [ddp],
+        chunks,
         config_overrides=_without_decay(undecayed),
         use_gloo_process_groups=False,
         pg_collection=groups.pg,
     )
-    config_of_model: Any = ddp.module.config
+    config_of_model: Any = ddp[0].module.config
     config_of_model.grad_scale_func = optimizer.scale_loss
     optimizer.reload_model_params()
     if config.optimizer == "sgd":
@@ -102,13 +117,14 @@ def _prepare_sgd_state(optimizer: MegatronOptimizer, momentum: float) -> None:
                 part.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def zero_gradients(ddp: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+def zero_gradients(ddp: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Clear Megatron's gradient buffers and the optimizer's references to them."""
-    ddp.zero_grad_buffer()
+    for chunk in ddp:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
 
 
-def has_finite_gradients(ddp: DistributedDataParallel) -> bool:
+def has_finite_gradients(ddp: Sequence[DistributedDataParallel]) -> bool:
     """Whether every gradient held by this rank is finite; one pass over the buffers."""
-    buffers: Any = ddp.buffers  # Megatron's own, not torch's method of that name
-    return all(bool(torch.isfinite(buffer.grad_data.sum())) for buffer in buffers)
+    chunks: Sequence[Any] = ddp  # ``buffers`` is Megatron's own, not torch's method of that name
+    return all(bool(torch.isfinite(b.grad_data.sum())) for chunk in chunks for b in chunk.buffers)

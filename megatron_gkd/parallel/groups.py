@@ -18,11 +18,13 @@ class Layout:
         tp_size: Tensor-parallel size.
         pp_size: Pipeline-parallel size.
         num_ranks: Ranks that carry the model, a multiple of ``tp_size * pp_size``.
+        vpp_size: Chunks of layers on every pipeline stage; stage p of chunk v comes behind the last stage of chunk v - 1.
     """
 
     tp_size: int
     pp_size: int
     num_ranks: int
+    vpp_size: int = 1
 
     @property
     def dp_size(self) -> int:
@@ -93,18 +95,19 @@ def join_job(backend: str) -> None:
         init_single_process(backend)
 
 
-def init_student_groups(tp_size: int, pp_size: int, seed: int) -> ModelGroups:
+def init_student_groups(tp_size: int, pp_size: int, seed: int, vpp_size: int = 1) -> ModelGroups:
     """Process groups of the student on all ranks, through Megatron's global state. Collective.
 
     Megatron needs its global state even where every group is passed explicitly (its memory buffer and random
-    number tracker live there), so the student owns it and other models bring their own groups.
+    number tracker live there), so the student owns it and other models bring their own groups. The number of chunks
+    stays out of it: it would hold for all models.
     """
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     parallel_state.initialize_model_parallel(tp_size, pp_size, create_gloo_process_groups=False)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    layout = Layout(tp_size, pp_size, dist.get_world_size())
+    layout = Layout(tp_size, pp_size, dist.get_world_size(), vpp_size)
     pg = ProcessGroupCollection.use_mpu_process_groups()
     return ModelGroups(layout, pg, *_coordinates(layout))
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_gkd.config.hf_shapes import HfShapes
-from megatron_gkd.models.families import WeightMap, family_of
+from megatron_gkd.families import WeightMap, family_of
 from megatron_gkd.parallel.groups import Layout
 
 Span = tuple[int, int]
@@ -22,7 +22,7 @@ class WeightLayout:
 
     Attributes:
         shapes: Sizes from config.json.
-        layout: Tensor- and pipeline-parallel sizes.
+        layout: Tensor-, pipeline- and virtual-pipeline-parallel sizes.
         padded_vocab_size: Vocabulary rows after padding, over all tensor-parallel ranks.
     """
 
@@ -36,7 +36,7 @@ class Slice:
     """The same block of numbers on both sides.
 
     Attributes:
-        parameter: Name of the Megatron parameter on its rank.
+        parameter: Name of the Megatron parameter on its rank; behind the chunk's number if the rank has several.
         local: One span per dimension of that parameter.
         tensor: Name of the Hugging Face tensor.
         full: One span per dimension of that tensor.
@@ -93,28 +93,14 @@ def rank_slices(
             plain names.
         is_headless: The model has no output layer.
     """
-    shapes, layout = weights.shapes, weights.layout
     present = None if parameters is None else set(parameters)
-    is_first, is_last = pp_rank == 0, pp_rank == layout.pp_size - 1
-    num_layers = shapes.num_layers // layout.pp_size
+    num_chunks = weights.layout.vpp_size
     slices: list[Slice] = []
-    for weight in family_of(shapes.model_type).outer:
-        name = weight.megatron[0]
-        if name.startswith("embedding") and not is_first:
-            continue
-        if not name.startswith("embedding") and not is_last:
-            continue
-        hf = weight.hf
-        if name.startswith("output_layer"):
-            if is_headless or (shapes.tied and is_first):
-                continue
-            hf = ("model.embed_tokens.weight",) if shapes.tied else hf  # a tied last stage keeps its own copy
-        slices += _cut(name, hf, weight.kind, weights, tp_rank)
-    for i in range(num_layers):
-        for weight in family_of(shapes.model_type).layer:
-            name = _name_in(weight, i, present)
-            hf = tuple(x.format(i=i + pp_rank * num_layers) for x in weight.hf)
-            slices += _cut(name, hf, weight.kind, weights, tp_rank)
+    for chunk in range(num_chunks):
+        prefix = f"{chunk}." if num_chunks > 1 else ""
+        stage = _Stage(chunk * weights.layout.pp_size + pp_rank, weights.layout.pp_size * num_chunks, prefix)
+        slices += _outer_slices(weights, stage, tp_rank, is_headless)
+        slices += _layer_slices(weights, stage, tp_rank, present)
     return slices
 
 
@@ -144,12 +130,12 @@ def owned_slices(
     needed = rank_slices(weights, tp_rank=tp_rank, pp_rank=pp_rank, parameters=parameters)
     family = family_of(weights.shapes.model_type)
     replicated = {name for w in (*family.outer, *family.layer) if w.kind == "replicated" for name in w.hf}
-    tied_copy = "output_layer.weight" if weights.shapes.tied else None
+    tied_copy = ("output_layer.weight",) if weights.shapes.tied else ()
     return [
         piece
         for piece in needed
         if piece.num_elements
-        and piece.parameter != tied_copy
+        and not piece.parameter.endswith(tied_copy)
         and not (tp_rank > 0 and _template(piece.tensor) in replicated)
     ]
 
@@ -185,13 +171,53 @@ def check_coverage(shapes: HfShapes, pieces: Sequence[Slice]) -> None:
         raise ValueError("the slices do not cover the model exactly once: " + "; ".join(wrong[:5]))
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """A run of consecutive layers on one rank.
+
+    Attributes:
+        index: Place in the order of the model.
+        count: Number of stages of all ranks together.
+        prefix: What its parameters' names start with.
+    """
+
+    index: int
+    count: int
+    prefix: str
+
+
+def _outer_slices(weights: WeightLayout, stage: _Stage, tp_rank: int, is_headless: bool) -> Iterator[Slice]:
+    shapes = weights.shapes
+    is_first, is_last = stage.index == 0, stage.index == stage.count - 1
+    for weight in family_of(shapes.model_type).outer:
+        name, hf = weight.megatron[0], weight.hf
+        if not (is_first if name.startswith("embedding") else is_last):
+            continue
+        if name.startswith("output_layer"):
+            if is_headless or (shapes.tied and is_first):
+                continue
+            hf = ("model.embed_tokens.weight",) if shapes.tied else hf  # a tied last stage keeps its own copy
+        yield from _cut(stage.prefix + name, hf, weight.kind, weights, tp_rank)
+
+
+def _layer_slices(
+    weights: WeightLayout, stage: _Stage, tp_rank: int, present: set[str] | None
+) -> Iterator[Slice]:
+    num_layers = weights.shapes.num_layers // stage.count
+    for i in range(num_layers):
+        for weight in family_of(weights.shapes.model_type).layer:
+            name = _name_in(weight, i, stage.prefix, present)
+            hf = tuple(x.format(i=i + stage.index * num_layers) for x in weight.hf)
+            yield from _cut(name, hf, weight.kind, weights, tp_rank)
+
+
 def _template(tensor: str) -> str:
     parts = tensor.split(".")
     return ".".join("{i}" if part.isdigit() else part for part in parts)
 
 
-def _name_in(weight: WeightMap, layer: int, present: set[str] | None) -> str:
-    names = [name.format(i=layer) for name in weight.megatron]
+def _name_in(weight: WeightMap, layer: int, prefix: str, present: set[str] | None) -> str:
+    names = [prefix + name.format(i=layer) for name in weight.megatron]
     if present is None:
         return names[0]
     return next((name for name in names if name in present), names[0])
@@ -208,10 +234,7 @@ def _overlap(blocks: list[tuple[Span, ...]]) -> bool:
 
 
 def _hf_shapes_of(weight: WeightMap, shapes: HfShapes, layer: int) -> dict[str, tuple[int, ...]]:
-    out = {}
-    for name in weight.hf:
-        out[name.format(i=layer)] = _hf_shape(name, shapes)
-    return out
+    return {name.format(i=layer): _hf_shape(name, shapes) for name in weight.hf}
 
 
 def _hf_shape(name: str, shapes: HfShapes) -> tuple[int, ...]:

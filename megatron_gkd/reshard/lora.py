@@ -5,7 +5,7 @@ Megatron's fused layers have one A for q, k and v (gate and up); PEFT gets a cop
 
 from collections.abc import Iterable, Sequence
 
-from megatron_gkd.models.families.patterns import all_weights
+from megatron_gkd.models.patterns import all_weights
 from megatron_gkd.reshard.layout import Slice, WeightLayout, hf_tensors, rank_slices
 
 _PREFIX = "base_model.model."

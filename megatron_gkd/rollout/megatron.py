@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 
+from megatron_gkd.models.chunks import LocalModel
 from megatron_gkd.models.generation import SamplingRule, generate
 from megatron_gkd.models.gpt import HiddenTap
 from megatron_gkd.parallel.groups import ModelGroups
@@ -29,7 +29,7 @@ class MegatronRollout:
 
     def __init__(
         self,
-        model: GPTModel,
+        model: LocalModel,
         groups: ModelGroups,
         tap: HiddenTap | None,
         sampling: Sampling,

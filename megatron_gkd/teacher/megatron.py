@@ -9,10 +9,10 @@ Shapes: T = rows that enter the loss, H = the teacher's hidden size, V = vocabul
 from collections.abc import Sequence
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_gkd.data.sample import Batch, MicroBatch
+from megatron_gkd.models.chunks import LocalModel
 from megatron_gkd.models.pipeline import forward_rows
 from megatron_gkd.parallel.groups import Layout, ModelGroups
 from megatron_gkd.parallel.routing import plan_transfers, route_rows, share
@@ -34,7 +34,7 @@ class MegatronTeacher:
 
     def __init__(
         self,
-        model: GPTModel,
+        model: LocalModel,
         groups: ModelGroups,
         *,
         student_layout: Layout,
@@ -43,7 +43,9 @@ class MegatronTeacher:
         pad_id: int,
         device: torch.device,
     ):
-        self._model = model.eval().requires_grad_(False)
+        # the weights keep requires_grad, though no gradient is made: torch picks the kernel of a product by it, and a
+        # teacher that equals the student must compute the same numbers to the last bit
+        self._model = model.eval()
         self._groups, self._student_layout, self._student_dp_rank = groups, student_layout, student_dp_rank
         self._micro_batch_size, self._pad_id, self._device = micro_batch_size, pad_id, device
 

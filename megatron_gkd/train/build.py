@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.nn import Parameter
@@ -21,9 +20,10 @@ from megatron_gkd.config.model import ModelConfig
 from megatron_gkd.config.schema import StudentConfig
 from megatron_gkd.config.teacher import MegatronTeacherConfig, NoTeacherConfig, ServerTeacherConfig
 from megatron_gkd.data.sample import Batch, MicroBatch
-from megatron_gkd.models.families.patterns import frozen_tensors, summarise, undecayed_tensors
+from megatron_gkd.models.chunks import LocalModel, chunks_of
 from megatron_gkd.models.gpt import HiddenTap, build_gpt, keep_graph_in_recompute
 from megatron_gkd.models.lora import LoraSpec, attach_adapters, start_training_adapters
+from megatron_gkd.models.patterns import frozen_tensors, summarise, undecayed_tensors
 from megatron_gkd.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_gkd.optim.schedule import LearningRateSchedule
 from megatron_gkd.parallel.groups import ModelGroups, init_student_groups, make_model_groups
@@ -72,7 +72,7 @@ class Student:
 
     Attributes:
         model: This rank's part.
-        ddp: The same, wrapped for data parallelism.
+        ddp: The same, wrapped for data parallelism chunk by chunk.
         optimizer: Megatron's optimizer over it.
         schedule: Learning rate by iteration.
         groups: Layout and process groups.
@@ -81,8 +81,8 @@ class Student:
         dtype: Number format of the parameters.
     """
 
-    model: GPTModel
-    ddp: DistributedDataParallel
+    model: LocalModel
+    ddp: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: LearningRateSchedule
     groups: ModelGroups
@@ -109,7 +109,10 @@ def build_student(config: GkdConfig, world: World) -> Student:
     section, source = config.student, weight_source(config.student)
     parallel = section.parallel
     groups = init_student_groups(
-        parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, config.train.seed
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        config.train.seed,
+        parallel.virtual_pipeline_model_parallel_size,
     )
     shapes, dtype = load_hf_shapes(source.hf_folder), DTYPES[config.train.precision]
     model = build_gpt(
@@ -121,6 +124,7 @@ def build_student(config: GkdConfig, world: World) -> Student:
         max_seq_length=config.seq_length,
         vocab_divisible_by=section.make_vocab_size_divisible_by,
         sequence_parallel=parallel.sequence_parallel,
+        recompute=section.recompute,
     )
     load_weights(
         model,
@@ -133,7 +137,7 @@ def build_student(config: GkdConfig, world: World) -> Student:
     tap = HiddenTap(model) if groups.is_last_stage else None
     weights = WeightLayout(shapes, groups.layout, model.vocab_size)
     _choose_trained(section, model, weights, groups, config.train.seed)
-    ddp = wrap_ddp(model, groups, config.optim)
+    ddp = wrap_ddp(chunks_of(model), groups, config.optim)
     undecayed = _parameters_of(undecayed_tensors(config.optim, shapes), model, weights, groups)
     optimizer = build_optimizer(ddp, groups, config.optim, dtype, undecayed)
     schedule = LearningRateSchedule(optimizer, config.optim, config.train.train_iters)
@@ -142,7 +146,7 @@ def build_student(config: GkdConfig, world: World) -> Student:
 
 
 def _choose_trained(
-    config: StudentConfig, model: GPTModel, weights: WeightLayout, groups: ModelGroups, seed: int
+    config: StudentConfig, model: LocalModel, weights: WeightLayout, groups: ModelGroups, seed: int
 ) -> None:
     """Leave gradients to adapters alone, or to all weights but the frozen ones."""
     lora = config.lora
@@ -162,7 +166,7 @@ def _choose_trained(
 
 
 def _parameters_of(
-    tensors: Collection[str], model: GPTModel, weights: WeightLayout, groups: ModelGroups
+    tensors: Collection[str], model: LocalModel, weights: WeightLayout, groups: ModelGroups
 ) -> list[Parameter]:
     """This rank's parameters that hold these Hugging Face tensors."""
     parameters = dict(model.named_parameters())

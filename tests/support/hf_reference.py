@@ -5,6 +5,7 @@ Ranks read the results from files, so they need no transformers.
 Shapes: T = rows, V = vocabulary entries, H = hidden size.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,33 @@ def load_hf_model(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
-    inverse = model.model.rotary_emb.inv_freq
-    expected = 10000.0 ** -(torch.arange(len(inverse)) / len(inverse))
-    assert torch.allclose(inverse.float(), expected), "transformers left the rotary frequencies uninitialised"
+    found = model.model.rotary_emb.inv_freq.tolist()
+    expected = _rotary_frequencies(model.config.rope_parameters, len(found))
+    assert all(abs(a / b - 1) < 1e-5 for a, b in zip(found, expected, strict=True)), (
+        f"transformers left the rotary frequencies uninitialised: {found}"
+    )
     return model
+
+
+def _rotary_frequencies(rope: dict[str, Any], num: int) -> list[float]:
+    """Frequency by frequency, as the model cards of Llama 3.1 describe it."""
+    plain = [rope["rope_theta"] ** -(i / num) for i in range(num)]
+    if rope["rope_type"] == "default":
+        return plain
+    scaled = []
+    for frequency in plain:
+        wave_length = 2 * math.pi / frequency
+        num_waves = rope["original_max_position_embeddings"] / wave_length
+        if num_waves > rope["high_freq_factor"]:
+            scaled.append(frequency)
+        elif num_waves < rope["low_freq_factor"]:
+            scaled.append(frequency / rope["factor"])
+        else:
+            share = (num_waves - rope["low_freq_factor"]) / (
+                rope["high_freq_factor"] - rope["low_freq_factor"]
+            )
+            scaled.append((1 - share) * frequency / rope["factor"] + share * frequency)
+    return scaled
 
 
 @torch.no_grad()

@@ -21,13 +21,16 @@ class Split(NamedTuple):
     tp: int = 1
     pp: int = 1
     sequence_parallel: bool = False
+    vpp: int = 1
 
     def __str__(self) -> str:
-        parts = [f"TP{self.tp}"] * (self.tp > 1) + [f"PP{self.pp}"] * (self.pp > 1)
+        sizes = (("TP", self.tp), ("PP", self.pp), ("VPP", self.vpp))
+        parts = [f"{name}{size}" for name, size in sizes if size > 1]
         return ("x".join(parts) or "DP") + "+SP" * self.sequence_parallel
 
 
 TP2, PP2, DP, TP2_SP = Split(tp=2), Split(pp=2), Split(), Split(tp=2, sequence_parallel=True)
+PP2_VPP2 = Split(pp=2, vpp=2)
 TP2_PP2, TP2_PP2_SP, PP4 = Split(2, 2), Split(2, 2, sequence_parallel=True), Split(pp=4)
 
 
@@ -36,7 +39,7 @@ def student_groups(split: Split, seed: int = 0) -> Iterator[Any]:
     """``ModelGroups`` through Megatron's global state; all groups made inside the block are destroyed after it."""
     from megatron_gkd.parallel.groups import destroy_student_groups, init_student_groups
 
-    yield init_student_groups(split.tp, split.pp, seed)
+    yield init_student_groups(split.tp, split.pp, seed, split.vpp)
     # not after a failure: the pool restarts then, and other ranks may be in another place
     destroy_student_groups()
     destroy_all_groups()

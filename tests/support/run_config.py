@@ -22,8 +22,9 @@ def write_config(
 ) -> Path:
     """A YAML file for models on fp32 ranks; ``sections`` are merged key by key."""
     folder.mkdir(parents=True, exist_ok=True)
+    virtual = {"virtual_pipeline_model_parallel_size": split.vpp}
     tree: dict[str, Any] = {
-        "student": {"hf": str(student), "parallel": _parallel(split)},
+        "student": {"hf": str(student), "parallel": _parallel(split) | virtual},
         "teacher": {"hf": str(teacher), "parallel": _parallel(teacher_split), "micro_batch_size": 2},
         "rollout": {"kind": "sglang", "max_new_tokens": 16},  # nothing here starts an engine
         "data": {"prompts": str(write_prompts(folder / "prompts.jsonl")), "max_prompt_length": 48},
@@ -72,6 +73,39 @@ def build_parts(config: Any, world: Any) -> tuple[Any, Any, Any]:
     return student, *build_teacher(config, world, student, PAD_ID)
 
 
+def export_gradients(student: Any, file: Path) -> None:
+    """Write the gradient of the last step under the weights' Hugging Face names. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_gkd.reshard.layout import hf_tensors, owned_slices
+    from megatron_gkd.reshard.transport import MappedSafetensors
+
+    _gather_gradients(student)
+    gradients = {name: parameter.main_grad for name, parameter in student.model.named_parameters()}
+    target, groups = MappedSafetensors(hf_tensors(student.shapes), torch.float32), student.groups
+    if dist.get_rank() == 0:
+        target.create(file)
+    dist.barrier()
+    if groups.dp_rank == 0:
+        own = owned_slices(
+            student.weights, tp_rank=groups.tp_rank, pp_rank=groups.pp_rank, parameters=gradients
+        )
+        target.write(file, gradients, own)
+    dist.barrier()
+
+
+def _gather_gradients(student: Any) -> None:
+    """With the distributed optimizer a rank has the sum over the copies for its own part of a bucket only."""
+    import torch.distributed as dist
+
+    groups = student.groups
+    for bucket in [bucket for chunk in student.ddp for buffer in chunk.buffers for bucket in buffer.buckets]:
+        if student.ddp[0].ddp_config.use_distributed_optimizer:
+            own = bucket.grad_data.chunk(groups.layout.dp_size)[groups.dp_rank].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, own, group=groups.pg.dp_cp)
+
+
 def leave() -> None:
     """Undo ``build_parts``, so that the next layout finds a clean process."""
     from megatron_gkd.parallel.groups import destroy_student_groups
@@ -86,7 +120,14 @@ def copy_of(model: Any) -> dict[str, Any]:
 
 
 def update(
-    student: Any, teacher: Any, head_VH: Any, batch: Batch, iteration: int, config: Any
+    student: Any,
+    teacher: Any,
+    head_VH: Any,
+    batch: Batch,
+    iteration: int,
+    config: Any,
+    *,
+    pad_to_multiple_of: int = 2,
 ) -> tuple[Any, float]:
     """One iteration without rollout: (result of the step, mean loss over the completion tokens of all ranks)."""
     import torch
@@ -98,7 +139,7 @@ def update(
         config.train.micro_batch_size,
         dp_rank=student.groups.dp_rank,
         dp_size=student.groups.layout.dp_size,
-        seq_length=batch.padded_length(2),
+        seq_length=batch.padded_length(pad_to_multiple_of),
         pad_id=PAD_ID,
     )
     student.schedule.set_iteration(iteration)

@@ -19,7 +19,20 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+LLAMA_3_ROPE = {  # short enough that the scaling matters for the sequences of the tests
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def write_tiny_model(
@@ -35,13 +48,15 @@ def write_tiny_model(
     ffn: int = 160,
     tied: bool = True,
     seed: int = 0,
+    gain: float = 1.0,
     max_positions: int = 512,
+    **changes: Any,
 ) -> Path:
     """Write config.json, generation_config.json, model.safetensors (fp32) and the tokenizer files.
 
     Args:
         folder: Made if missing.
-        family: "llama", "qwen2" (biases on q, k, v) or "qwen3" (norms on q, k).
+        family: "llama", "mistral", "qwen2" (biases on q, k, v) or "qwen3" (norms on q, k).
         vocab_size: Rows of the embedding, at least ``TOKENIZER_SIZE``; the rows above it are no tokens.
         hidden_size: Width of the residual stream.
         num_layers: Transformer layers.
@@ -51,7 +66,9 @@ def write_tiny_model(
         ffn: Width of the gate and of the up projection.
         tied: Without lm_head.weight.
         seed: Of the weights.
+        gain: Factor on the matrices of the layers and on the last norm; smaller models amplify rounding less.
         max_positions: max_position_embeddings.
+        changes: Further keys of config.json, or other values for them.
 
     Returns:
         ``folder``.
@@ -78,11 +95,12 @@ def write_tiny_model(
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID,
         "dtype": "float32",
+        **changes,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     generation = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
-    save_file(_make_weights(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_make_weights(config, seed, gain), folder / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(folder)
     return folder
 
@@ -126,14 +144,14 @@ def write_prompts(file: Path, num_rows: int = 16, *, with_completions: bool = Tr
     return file
 
 
-def _make_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
+def _make_weights(config: dict[str, Any], seed: int, gain: float) -> dict[str, Tensor]:
     """All tensors by their Hugging Face names, fp32."""
     generator = torch.Generator().manual_seed(seed)
     hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q_size, kv_size = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
 
-    def matrix(rows: int, columns: int, gain: float = 1.0) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) * gain / columns**0.5
+    def matrix(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * scale / columns**0.5
 
     def vector(size: int, mean: float) -> Tensor:
         return mean + 0.1 * torch.randn(size, generator=generator)
@@ -141,7 +159,7 @@ def _make_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
     # The rows of the embedding have norm 1 for the output's sake; each layer's first norm makes them large enough.
     weights = {
         "model.embed_tokens.weight": matrix(config["vocab_size"], hidden),
-        "model.norm.weight": vector(hidden, 3.0),
+        "model.norm.weight": vector(hidden, 3.0) * gain,
     }
     if not config["tie_word_embeddings"]:
         weights["lm_head.weight"] = matrix(config["vocab_size"], hidden)
@@ -149,13 +167,13 @@ def _make_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
         layer = {
             "input_layernorm.weight": vector(hidden, 1.0),
             "post_attention_layernorm.weight": vector(hidden, 1.0),
-            "self_attn.q_proj.weight": matrix(q_size, hidden, 2.0),
-            "self_attn.k_proj.weight": matrix(kv_size, hidden, 2.0),
-            "self_attn.v_proj.weight": matrix(kv_size, hidden),
-            "self_attn.o_proj.weight": matrix(hidden, q_size),
-            "mlp.gate_proj.weight": matrix(ffn, hidden),
-            "mlp.up_proj.weight": matrix(ffn, hidden),
-            "mlp.down_proj.weight": matrix(hidden, ffn),
+            "self_attn.q_proj.weight": matrix(q_size, hidden, 2 * gain),
+            "self_attn.k_proj.weight": matrix(kv_size, hidden, 2 * gain),
+            "self_attn.v_proj.weight": matrix(kv_size, hidden, gain),
+            "self_attn.o_proj.weight": matrix(hidden, q_size, gain),
+            "mlp.gate_proj.weight": matrix(ffn, hidden, gain),
+            "mlp.up_proj.weight": matrix(ffn, hidden, gain),
+            "mlp.down_proj.weight": matrix(hidden, ffn, gain),
         }
         if config["model_type"] == "qwen2":
             for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):

@@ -6,9 +6,19 @@ That transformers agrees with these sizes is tested with its models in tests/uni
 import json
 
 import pytest
+from transformers import AutoConfig
 
 from megatron_gkd.config import ConfigError, load_hf_shapes
+from megatron_gkd.config.hf_shapes import Llama3Scaling
 from tests.unit.config.conftest import write_hf_config
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def test_llama_sizes_are_read_with_the_defaults_of_transformers(tmp_path):
@@ -50,6 +60,31 @@ def test_the_rope_base_is_found_where_either_version_of_transformers_writes_it(t
     assert load_hf_shapes(write_hf_config(tmp_path, **changes)).rope_theta == 1e6
 
 
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_the_scaling_of_llama_3_is_read_where_either_version_writes_it(tmp_path, key):
+    shapes = load_hf_shapes(write_hf_config(tmp_path, **{key: LLAMA_3}))
+    assert shapes.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    assert shapes.rope_theta == 500000.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [({}, 4096), ({"sliding_window": 1024}, 1024), ({"sliding_window": "none"}, None)],
+)
+def test_the_window_of_mistral_is_that_of_transformers(tmp_path, changes, window):
+    folder = write_hf_config(tmp_path, model_type="mistral", **changes)
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"none"', "null"))
+    assert load_hf_shapes(folder).sliding_window == window
+    assert AutoConfig.from_pretrained(folder).sliding_window == window
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_other_families_do_not_heed_a_window_that_is_off(tmp_path, family):
+    folder = write_hf_config(tmp_path, model_type=family, sliding_window=8, use_sliding_window=False)
+    assert load_hf_shapes(folder).sliding_window is None
+
+
 def test_end_tokens_come_from_both_files_without_repeats(tmp_path):
     folder = write_hf_config(tmp_path, eos_token_id=[5, 2])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
@@ -60,15 +95,20 @@ def test_end_tokens_come_from_both_files_without_repeats(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type='mistral'; supported: llama, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "model_type='gpt2'; supported: llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "model_type='None'; supported: llama"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'; supported: silu"),
         ({"attention_bias": True}, "attention_bias=True; supported: false"),
         ({"mlp_bias": True}, "mlp_bias=True; supported: false"),
         ({"use_sliding_window": True}, "use_sliding_window=True; supported: false"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_scaling has rope_type='llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling has rope_type='linear'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters has rope_type='yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor is missing"),
+        ({"rope_scaling": LLAMA_3 | {"factor": 0}}, "factor=0; a number above 0"),
+        ({"rope_scaling": LLAMA_3 | {"low_freq_factor": 4}}, "it must be below high_freq_factor=4"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type='linear'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor=0.25; supported: 1.0"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0; a whole number of at least 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5; supported: 1.0"),
         ({"quantization_config": {"bits": 4}}, "save the weights unquantized first"),
         ({"hidden_size": None}, "hidden_size is missing"),
@@ -76,6 +116,7 @@ def test_end_tokens_come_from_both_files_without_repeats(tmp_path):
         ({"rope_theta": -1}, "rope_theta=-1; a number above 0"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ({"model_type": "qwen3"}, "head_dim is missing"),
+        ({"model_type": "qwen2", "num_key_value_heads": None}, "num_key_value_heads is missing"),
     ],
 )
 def test_an_unsupported_setting_is_named_with_what_is_supported(tmp_path, changes, message):

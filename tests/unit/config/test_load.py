@@ -89,6 +89,14 @@ def test_all_problems_are_reported_at_once_with_key_and_hint(config_file):
         ("student.hf=''", "the path is empty"),
         ("student.checkpoint=x", "both given, set one to null"),
         ("student.parallel.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
+        (
+            "student.parallel.virtual_pipeline_model_parallel_size=2",
+            r"virtual_pipeline_model_parallel_size=2 needs pipeline_model_parallel_size > 1 \(it is 1\)",
+        ),
+        ("optim={optimizer: sgd, use_distributed_optimizer: true}", r"saves and loads Adam's state only"),
+        ("student.recompute.modules=[]", "student.recompute.modules: .*at least 1 item"),
+        ("student.recompute.granularity=layers", "must be 'none', 'selective' or 'full'|should be 'none'"),
+        ("teacher.parallel.virtual_pipeline_model_parallel_size=2", "unknown key"),
         ("optim={lr: 1e-5, min_lr: 1e-4}", "min_lr=0.0001 is above lr"),
         (
             "optim={warmup_iters: 1, warmup_fraction: 0.1}",

@@ -42,6 +42,17 @@ from tests.unit.config.conftest import write_hf_config
             "rollout.kind=megatron",
         ),
         (
+            [
+                "rollout={kind: megatron}",
+                "student.parallel={pipeline_model_parallel_size: 2, virtual_pipeline_model_parallel_size: 2}",
+            ],
+            r"virtual_pipeline_model_parallel_size=2 would repeat; set it to 1 or use rollout.kind=sglang",
+        ),
+        (
+            ["student.parallel={pipeline_model_parallel_size: 2, virtual_pipeline_model_parallel_size: 3}"],
+            r"student.parallel.virtual_pipeline_model_parallel_size=3 does not divide the 2 layers",
+        ),
+        (
             ["teacher={kind: none}"],
             r"loss.sft_weight=0.0 leaves a share .* set loss.sft_weight=1 or give a teacher",
         ),
@@ -72,6 +83,13 @@ def test_rules_are_reported_together(config_file):
     with pytest.raises(ConfigError, match="4 problems") as caught:
         load_config(config_file, ["rollout.num_samples=3", "data.prompts=a", "student.hf=b", "teacher.hf=c"])
     assert str(caught.value).count("\n") == 4
+
+
+def test_sequences_beyond_the_sliding_window_are_refused(config_file, tmp_path):
+    write_hf_config(tmp_path / "teacher", model_type="mistral", sliding_window=300)
+    load_config(config_file, ["data.max_prompt_length=44"])  # 256 more for the completion
+    with pytest.raises(ConfigError, match=r"= 301 tokens, .* the teacher .*sliding_window=300 only"):
+        load_config(config_file, ["data.max_prompt_length=45"])
 
 
 def test_different_vocabularies_are_refused(config_file, tmp_path):
@@ -114,7 +132,7 @@ def test_a_folder_without_config_json_is_refused(config_file, tmp_path):
 def test_an_unsupported_model_is_named_by_its_key_and_file(config_file, tmp_path):
     write_hf_config(tmp_path / "teacher", model_type="gemma")
     with pytest.raises(
-        ConfigError, match=r"teacher\.hf=.*config\.json:\n.*model_type='gemma'; supported: llama"
+        ConfigError, match=r"teacher\.hf=.*config\.json: model_type='gemma'; supported: llama"
     ):
         load_config(config_file)
 
@@ -152,6 +170,14 @@ def test_fitting_numbers_of_ranks_are_accepted(config_file, world_size):
             ["train.micro_batch_size=3"],
             1,
             ["micro_batch_size=3 x 1 copies of the student; use a multiple of 3"],
+        ),
+        (
+            [
+                "student.parallel={pipeline_model_parallel_size: 2, virtual_pipeline_model_parallel_size: 2}",
+                "train.micro_batch_size=4",
+            ],
+            4,
+            ["groups of pipeline_model_parallel_size=2 micro-batches, but every copy of the student has 1"],
         ),
         (
             ["train.global_batch_size=2"],

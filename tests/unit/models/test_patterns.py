@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_gkd.config import ConfigError, OptimConfig, StudentConfig, load_hf_shapes
-from megatron_gkd.models.families.patterns import (
+from megatron_gkd.models.patterns import (
     all_weights,
     frozen_tensors,
     resolve_patterns,

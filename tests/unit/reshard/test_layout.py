@@ -23,13 +23,14 @@ from megatron_gkd.reshard.layout import (
 @st.composite
 def weight_layouts(draw) -> WeightLayout:
     tp_size, pp_size = draw(st.sampled_from([1, 2, 3, 4])), draw(st.sampled_from([1, 2, 3]))
+    vpp_size = draw(st.sampled_from([1, 2, 3])) if pp_size > 1 else 1
     family = draw(st.sampled_from(["llama", "qwen2", "qwen3"]))
     groups = tp_size * draw(st.integers(1, 2))
     shapes = HfShapes(
         model_type=family,
         vocab_size=draw(st.integers(1, 40)),
         hidden_size=draw(st.integers(1, 9)),
-        num_layers=pp_size * draw(st.integers(1, 2)),
+        num_layers=pp_size * vpp_size * draw(st.integers(1, 2)),
         num_attention_heads=groups * draw(st.integers(1, 3)),
         num_query_groups=groups,
         head_dim=draw(st.integers(1, 5)),
@@ -44,18 +45,32 @@ def weight_layouts(draw) -> WeightLayout:
     )
     multiple = tp_size * draw(st.integers(1, 8))
     padded = math.ceil(shapes.vocab_size / multiple) * multiple
-    return WeightLayout(shapes, Layout(tp_size, pp_size, tp_size * pp_size), padded)
+    return WeightLayout(shapes, Layout(tp_size, pp_size, tp_size * pp_size, vpp_size), padded)
 
 
 def local_shapes(
     weights: WeightLayout, pp_rank: int, *, is_headless: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """Parameters of a rank and their shapes, as Megatron's layers define them."""
+    vpp = weights.layout.vpp_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    for chunk in range(vpp):
+        is_first = pp_rank == 0 and chunk == 0
+        is_last = pp_rank == weights.layout.pp_size - 1 and chunk == vpp - 1
+        prefix = f"{chunk}." if vpp > 1 else ""
+        parameters = chunk_shapes(weights, is_first, is_last, is_headless)
+        shapes |= {prefix + name: shape for name, shape in parameters.items()}
+    return shapes
+
+
+def chunk_shapes(
+    weights: WeightLayout, is_first: bool, is_last: bool, is_headless: bool
+) -> dict[str, tuple[int, ...]]:
     s, tp, pp = weights.shapes, weights.layout.tp_size, weights.layout.pp_size
     h, d, vocab = s.hidden_size, s.head_dim, weights.padded_vocab_size // tp
     qkv = (s.num_attention_heads + 2 * s.num_query_groups) * d // tp
     shapes: dict[str, tuple[int, ...]] = {}
-    for i in range(s.num_layers // pp):
+    for i in range(s.num_layers // (pp * weights.layout.vpp_size)):
         layer = {
             "input_layernorm.weight": (h,),
             "self_attention.linear_qkv.weight": (qkv, h),
@@ -69,9 +84,9 @@ def local_shapes(
         if s.qk_norm:
             layer |= {f"self_attention.{x}_layernorm.weight": (d,) for x in "qk"}
         shapes |= {f"decoder.layers.{i}.{name}": shape for name, shape in layer.items()}
-    if pp_rank == 0:
+    if is_first:
         shapes["embedding.word_embeddings.weight"] = (vocab, h)
-    if pp_rank == pp - 1:
+    if is_last:
         shapes["decoder.final_layernorm.weight"] = (h,)
         if not is_headless and not (s.tied and pp == 1):
             shapes["output_layer.weight"] = (vocab, h)
@@ -91,7 +106,7 @@ def test_a_rank_gets_every_number_of_its_parameters_exactly_once(weights: Weight
                 assert [b - a for a, b in piece.local] == [b - a for a, b in piece.full]
             for name, count in counts.items():
                 real = len(count)
-                if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                if name.endswith(("embedding.word_embeddings.weight", "output_layer.weight")):
                     real = min(max(vocab - tp_rank * len(count), 0), len(count))
                 assert (count[:real] == 1).all(), f"{name} has numbers without or with two sources"
                 assert (count[real:] == 0).all(), f"{name}: padding rows are no weights"
@@ -157,6 +172,25 @@ def test_a_tied_last_stage_reads_its_copy_and_leaves_writing_to_the_first():
     read = {p.parameter: p.tensor for p in rank_slices(weights, tp_rank=0, pp_rank=1)}
     assert read["output_layer.weight"] == "model.embed_tokens.weight"
     assert "output_layer.weight" not in {p.parameter for p in owned_slices(weights, tp_rank=0, pp_rank=1)}
+
+
+def test_chunks_of_a_stage_lie_a_round_of_all_stages_apart():
+    shapes = dataclasses.replace(_example("llama", tied=True, tp_size=1, pp_size=2).shapes, num_layers=8)
+    weights = WeightLayout(shapes, Layout(1, 2, 2, vpp_size=2), 10)
+    norms = {
+        p.parameter.removesuffix(".input_layernorm.weight"): p.tensor.split(".")[2]
+        for p in rank_slices(weights, tp_rank=0, pp_rank=1)
+        if p.parameter.endswith("input_layernorm.weight")
+    }
+    assert norms == {
+        "0.decoder.layers.0": "2",
+        "0.decoder.layers.1": "3",
+        "1.decoder.layers.0": "6",
+        "1.decoder.layers.1": "7",
+    }
+    names = {p.parameter for p in owned_slices(weights, tp_rank=0, pp_rank=1)}
+    assert "1.decoder.final_layernorm.weight" in names
+    assert "1.output_layer.weight" not in names  # tied: left to the first stage
 
 
 def test_a_rank_that_holds_only_padding_still_knows_its_parameters():

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_gkd.config import load_hf_shapes
 from tests.support.tiny_models import CHAT_TEMPLATE, EOS_ID, PAD_ID, TOKENIZER_SIZE, write_tiny_model
 
-FAMILIES = ["llama", "qwen2", "qwen3"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: Llama with a bias on q, k and v."""
 
-from megatron_gkd.models.families.base import Family, WeightMap
-from megatron_gkd.models.families.llama import LAYER, OUTER
+from megatron_gkd.families.base import Family, WeightMap
+from megatron_gkd.families.llama import LAYER, OUTER
 
 _QKV_BIAS = WeightMap(
     ("decoder.layers.{i}.self_attention.linear_qkv.bias",),

@@ -1,7 +1,7 @@
 """Qwen3 (dense): Llama with a norm on the heads of q and k."""
 
-from megatron_gkd.models.families.base import Family, WeightMap
-from megatron_gkd.models.families.llama import LAYER, OUTER
+from megatron_gkd.families.base import Family, WeightMap
+from megatron_gkd.families.llama import LAYER, OUTER
 
 _QK_NORM = tuple(
     WeightMap(
@@ -12,4 +12,4 @@ _QK_NORM = tuple(
     for x in "qk"
 )
 
-QWEN3 = Family("qwen3", (*LAYER, *_QK_NORM), OUTER)
+QWEN3 = Family("qwen3", (*LAYER, *_QK_NORM), OUTER, may_omit=())

@@ -1,6 +1,6 @@
 """Llama 2 and 3, SmolLM2 and others with ``model_type: llama``."""
 
-from megatron_gkd.models.families.base import Family, WeightMap
+from megatron_gkd.families.base import Family, WeightMap
 
 _LAYER, _HF = "decoder.layers.{i}.", "model.layers.{i}."
 
@@ -34,4 +34,4 @@ LAYER = (
     ),
 )
 
-LLAMA = Family("llama", LAYER, OUTER)
+LLAMA = Family("llama", LAYER, OUTER, may_omit=("head_dim", "num_key_value_heads"))

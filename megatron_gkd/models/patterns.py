@@ -15,7 +15,7 @@ from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.optim import OptimConfig
 from megatron_gkd.config.schema import GkdConfig, StudentConfig
-from megatron_gkd.models.families import family_of
+from megatron_gkd.families import family_of
 
 
 @dataclass(frozen=True)
