@@ -16,6 +16,7 @@ from megatron_gkd.losses.objective import Objective
 
 TOP_K = 9
 _HIDDEN, _TEACHER_HIDDEN = 32, 48
+_CANDIDATES_PER_TOKEN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +82,34 @@ class Shard(NamedTuple):
 
 
 def make_problem(num_tokens: int, vocab: int) -> Problem:
-    """Correlated student and teacher with logits of standard deviation about 3."""
+    """Correlated student and teacher with logits of standard deviation about 3, and one answer to what their top k are."""
     rng = torch.Generator().manual_seed(0)
 
     def on_grid(rows: int, columns: int, std: float, step: float) -> Tensor:
         return (torch.randn(rows, columns, generator=rng, dtype=torch.float64) * std / step).round() * step
 
-    teacher_TH = on_grid(num_tokens, _TEACHER_HIDDEN, 1.0, 2**-4)
+    num_candidates = _CANDIDATES_PER_TOKEN * num_tokens
+    teacher_TH = on_grid(num_candidates, _TEACHER_HIDDEN, 1.0, 2**-4)
     teacher_head_VH = on_grid(vocab, _TEACHER_HIDDEN, 3.0 / _TEACHER_HIDDEN**0.5, 2**-5)
-    student_TH = teacher_TH[:, :_HIDDEN] + on_grid(num_tokens, _HIDDEN, 0.3, 2**-4)
+    student_TH = teacher_TH[:, :_HIDDEN] + on_grid(num_candidates, _HIDDEN, 0.3, 2**-4)
     student_head_VH = teacher_head_VH[:, :_HIDDEN] + on_grid(vocab, _HIDDEN, 0.1, 2**-5)
+    is_clear_T = _has_clear_top(teacher_TH @ teacher_head_VH.T) & _has_clear_top(
+        student_TH @ student_head_VH.T
+    )
+    assert is_clear_T.sum() >= num_tokens, "too few rows without a tie"
+    teacher_TH, student_TH = (rows_TH[is_clear_T][:num_tokens] for rows_TH in (teacher_TH, student_TH))
     labels_T = torch.randint(vocab, (num_tokens,), generator=rng)
     weight_T = torch.rand(num_tokens, generator=rng).double()
     return Problem(student_TH, student_head_VH, teacher_TH, teacher_head_VH, labels_T, weight_T)
+
+
+def _has_clear_top(logits_TV: Tensor) -> Tensor:
+    """[T] no tie between the last entry of the top k and the next one, in bfloat16 and so in any finer format.
+
+    With a tie either may be chosen, and which one depends on how the vocabulary is split.
+    """
+    top_TK = logits_TV.bfloat16().topk(TOP_K + 1, -1).values
+    return top_TK[:, -2] > top_TK[:, -1]
 
 
 def shard_of(problem: Problem, case: Case, rank: int, tp_size: int, device: torch.device) -> Shard:

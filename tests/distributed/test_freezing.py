@@ -143,7 +143,8 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
     assert all(
         p.grad is None and not hasattr(p, "main_grad") for p in parameters.values() if not p.requires_grad
     )
-    assert sum(buffer.numel_unpadded for buffer in student.ddp.buffers) == sum(p.numel() for p in trained)
+    buffers = [buffer for ddp in student.ddp for buffer in ddp.buffers]
+    assert sum(buffer.numel_unpadded for buffer in buffers) == sum(p.numel() for p in trained)
     assert len(student.optimizer.get_parameters()) == len(trained)
     export_weights(
         student.model, folder / "exported.safetensors", student.shapes, student.groups, student.dtype
