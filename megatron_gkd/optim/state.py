@@ -14,6 +14,7 @@ from megatron_gkd.parallel.collectives import reduce_values
 
 # Megatron's default for the distributed optimizer is a format that its own checkpoints no longer support
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_FP32_WEIGHTS = "fp32_from_fp16_params"
 
 
 def sharded_optimizer_state(
@@ -36,6 +37,7 @@ def sharded_optimizer_state(
     if isinstance(part, DistributedOptimizer):
         _count_padding(part)
     state = optimizer.sharded_state_dict(sharded_weights, is_loading=is_loading, metadata=_METADATA)
+    _number_groups(state)
     _share_step(state, device)
     return state
 
@@ -53,6 +55,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
         _load_distributed(part, state)
     else:
         _add_step_zero(part.optimizer, state)
+        _list_groups(state, len(optimizer.param_groups))
         optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
@@ -86,6 +89,22 @@ def _make_missing_state(adam: torch.optim.Optimizer | None) -> None:
             for name in ("exp_avg", "exp_avg_sq"):
                 if name not in state:
                     state[name] = torch.zeros_like(parameter.data)
+
+
+def _number_groups(state: dict[str, Any]) -> None:
+    """Name the groups of fp32 weights by their numbers, without the empty ones.
+
+    dist_checkpointing drops and merges elements of lists by position, and where a rank trains nothing of a group (its stage is
+    frozen) the positions of ranks differ: loading fails, or fills another group.
+    """
+    if _FP32_WEIGHTS in state:
+        state[_FP32_WEIGHTS] = {i: group for i, group in enumerate(state[_FP32_WEIGHTS]) if group}
+
+
+def _list_groups(state: dict[str, Any], num_groups: int) -> None:
+    """Inverse of ``_number_groups``."""
+    if _FP32_WEIGHTS in state:
+        state[_FP32_WEIGHTS] = [state[_FP32_WEIGHTS].get(i, []) for i in range(num_groups)]
 
 
 def _share_step(state: dict[str, Any], device: torch.device) -> None:

@@ -37,6 +37,7 @@ FROZEN_IN_HF = (
     "*norm.weight",
 )
 FIRST_STAGE = ["embedding.*", "model.layers.0.*"]
+NORMS_OF_LAST_STAGE = ["model.layers.1.*norm.weight", "model.norm.weight"]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -86,10 +87,18 @@ def test_the_others_train_as_in_a_plain_loop(
     assert num_frozen == 1 + 4 + 1 + 2 * 2 + 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("num_ranks", "split"), [(2, TP2), (2, PP2)], ids=str)
-def test_a_run_with_a_frozen_first_stage_resumes_bit_for_bit(
-    run_on_ranks, models, tmp_path, num_ranks, split: Split, precision: str
+@pytest.mark.parametrize(
+    ("freeze", "precision", "split"),
+    [
+        (FIRST_STAGE, "fp32", PP2),
+        (FIRST_STAGE, "bf16", PP2),
+        (NORMS_OF_LAST_STAGE, "bf16", PP2),  # no weights without decay are left there
+        (FREEZE, "bf16", TP2),
+    ],
+    ids=["first stage", "first stage in bf16", "norms of the last stage", "some of each layer"],
+)
+def test_a_run_resumes_bit_for_bit_wherever_its_frozen_weights_lie(
+    run_on_ranks, models, tmp_path, freeze: list[str], precision: str, split: Split
 ):
     config = write_config(
         tmp_path,
@@ -97,10 +106,10 @@ def test_a_run_with_a_frozen_first_stage_resumes_bit_for_bit(
         split=split,
         teacher_split=split,
         optim=OPTIM,
-        student={"freeze": FIRST_STAGE},
+        student={"freeze": freeze},
         train={"precision": precision},
     )
-    run_on_ranks(num_ranks, _resume, config)
+    run_on_ranks(2, _resume, config)
 
 
 @pytest.mark.parametrize(("num_ranks", "split"), [(2, TP2_SP), (2, PP2)], ids=str)
