@@ -27,8 +27,8 @@ def sample_with_seed(log_probs_BV: Tensor, seed_B: Tensor, position_B: Tensor) -
     token_ids_V = torch.arange(log_probs_BV.shape[1], device=log_probs_BV.device)
     # a few rows at a time: what is computed on the way stays in a CPU's cache
     num_rows = max(1, _CACHED_ELEMENTS // len(token_ids_V)) if log_probs_BV.is_cpu else len(log_probs_BV)
-    blocks = zip(*(tensor.split(num_rows) for tensor in (log_probs_BV, seed_B, position_B)), strict=True)
-    return torch.cat([_sample_block(*block, token_ids_V) for block in blocks])
+    parts = (log_probs_BV.split(num_rows), seed_B.split(num_rows), position_B.split(num_rows))
+    return torch.cat([_sample_block(*part, token_ids_V) for part in zip(*parts, strict=True)])
 
 
 def _sample_block(log_probs_BV: Tensor, seed_B: Tensor, position_B: Tensor, token_ids_V: Tensor) -> Tensor:

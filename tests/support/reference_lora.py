@@ -38,7 +38,7 @@ def write_random_adapters(student: Path, folder: Path, rank: int, modules: tuple
 
 def loss_and_gradients(
     student: Path, teacher: Path, adapters: Path, scale: float, batch: Batch
-) -> tuple[float, dict[str, Tensor]]:
+) -> tuple[float, dict[str, Any]]:
     """Forward KL per completion token, and its gradient by PEFT's names; that of an A in common is the sum."""
     model, judge = load_hf_model(student).requires_grad_(False), load_hf_model(teacher)
     leaves = {
@@ -56,7 +56,7 @@ def loss_and_gradients(
         num_tokens += len(sample.completion_ids)
     loss = total / num_tokens
     loss.backward()
-    return loss.item(), {name: leaves[used[name]].grad for name in leaves}
+    return float(loss), {name: leaves[used[name]].grad for name in leaves}
 
 
 def _hook_adapters(model: Any, leaves: dict[str, Tensor], scale: float) -> dict[str, str]:
