@@ -5,6 +5,7 @@ restarts, because the other ranks may still sit in a collective with it.
 """
 
 import datetime
+import gc
 import multiprocessing
 import sys
 import tempfile
@@ -14,6 +15,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+MAX_THREADS = 200
+"""Of a rank. What tests leave behind adds up: hundreds of idle threads take the cores from the tests."""
 
 
 class RankPool:
@@ -56,6 +62,8 @@ class RankPool:
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 self._check_answer(pipe, pending.pop(pipe))
+        if any(psutil.Process(process.pid).num_threads() > MAX_THREADS for process in self._processes):
+            self._restart()
 
     def close(self) -> None:
         """Kill the ranks; they hold nothing worth a graceful end."""
@@ -119,6 +127,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
             continue
         try:
             fn(rank, world_size, *args)
+            gc.collect()  # its models lie in cycles and hold process groups, whose threads wake 100 times a second
             pipe.send(None)
         except BaseException:
             pipe.send(traceback.format_exc())
