@@ -16,11 +16,19 @@ import pytest
 import torch
 
 from tests.support.on_ranks import DP, PP2, PP2_VPP2, TP2, TP2_PP2, Split, allow_saving, student_groups
-from tests.support.run_config import build_parts, copy_of, leave, make_batch, make_world, update, write_config
+from tests.support.run_config import (
+    LENGTHS,
+    build_parts,
+    copy_of,
+    leave,
+    make_batch,
+    make_world,
+    update,
+    write_config,
+)
 from tests.support.tiny_models import write_tiny_model
 
 SMALL = {"hidden_size": 32, "num_layers": 4, "ffn": 64}
-LENGTHS = ((4, 5), (2, 9), (6, 0), (3, 0), (5, 1), (9, 12), (1, 3), (7, 4))
 OPTIM = {"lr": 2e-3, "decay_style": "cosine", "warmup_iters": 2, "weight_decay": 0.1}
 OPTIMIZERS = {"plain": OPTIM, "distributed": OPTIM | {"use_distributed_optimizer": True}}
 CHANGED = {

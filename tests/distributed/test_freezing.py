@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.support.on_ranks import PP2, TP2, TP2_PP2, TP2_SP, Split, allow_saving
 from tests.support.run_config import (
+    LENGTHS,
     assert_resumes,
     build_parts,
     leave,
@@ -22,7 +23,6 @@ from tests.support.run_config import (
 from tests.support.tiny_models import write_tiny_model
 
 SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
-LENGTHS = ((4, 5), (2, 9), (6, 0), (3, 0), (5, 1), (9, 12), (1, 3), (7, 4))
 OPTIM = {"lr": 2e-3, "min_lr": 1e-4, "decay_style": "cosine", "warmup_iters": 2, "weight_decay": 0.1}
 FREEZE = [
     "model.embed_tokens.weight",

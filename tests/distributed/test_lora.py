@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_PP2_SP, TP2_SP, Split, allow_saving
 from tests.support.run_config import (
+    LENGTHS,
     assert_resumes,
     build_parts,
     copy_of,
@@ -27,7 +28,6 @@ from tests.support.run_config import (
 from tests.support.tiny_models import EOS_ID, write_tiny_model
 
 SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
-LENGTHS = ((4, 5), (2, 9), (6, 0), (3, 0), (5, 1), (9, 12), (1, 3), (7, 4))
 OPTIM = {"lr": 1e-2, "warmup_iters": 2, "decay_style": "cosine", "weight_decay": 0.1, "clip_grad": 0.0}
 LORA = {"rank": 3, "alpha": 6.0}
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -15,12 +15,11 @@ import torch
 from megatron_gkd.data.sample import Batch, MicroBatch, Sample
 from megatron_gkd.serving import EngineError, EngineTimeout, TeacherClient, TopK
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_SP, Split, student_groups
-from tests.support.run_config import make_batch
+from tests.support.run_config import LENGTHS, make_batch
 from tests.support.tiny_models import PAD_ID
 
 TOP_K = 3
 VOCAB_SIZE = 240  # of the student; the answers go beyond it
-LENGTHS = ((4, 5), (2, 9), (6, 0), (3, 0), (5, 1), (9, 12), (1, 3), (7, 4))  # a micro-batch without rows
 
 
 class AnsweringClient(TeacherClient):

@@ -17,12 +17,19 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_PP2_SP, TP2_SP, Split
-from tests.support.run_config import build_parts, copy_of, leave, make_batch, make_world, update, write_config
+from tests.support.run_config import (
+    LENGTHS,
+    build_parts,
+    copy_of,
+    leave,
+    make_batch,
+    make_world,
+    update,
+    write_config,
+)
 from tests.support.tiny_models import write_tiny_model
 
 SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
-# prompt and completion lengths; samples 2 and 3 make a micro-batch of two without loss rows
-LENGTHS = ((4, 5), (2, 9), (6, 0), (3, 0), (5, 1), (9, 12), (1, 3), (7, 4))
 OPTIM = {
     "lr": 2e-3,
     "min_lr": 1e-4,

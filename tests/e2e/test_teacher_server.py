@@ -20,13 +20,12 @@ from tests.e2e.conftest import CONTEXT_LENGTH
 from tests.support.hf_reference import load_hf_model
 from tests.support.launching import launch, read_metrics, read_status, write_run_config
 from tests.support.on_ranks import TP2
-from tests.support.run_config import build_parts, leave, make_batch, make_world, update, write_config
+from tests.support.run_config import LENGTHS, build_parts, leave, make_batch, make_world, update, write_config
 from tests.support.tiny_models import TOKENIZER_SIZE, write_tiny_model
 
 pytestmark = pytest.mark.timeout(400)
 
 LAST_ID = TOKENIZER_SIZE - 1
-LENGTHS = ((4, 5), (2, 9), (6, 0), (3, 0), (5, 1), (9, 12), (1, 3), (7, 4))  # a micro-batch without rows
 
 
 def make_teacher(server: ServerProcess, *, vocab_size: int = TOKENIZER_SIZE, top_k: int = 8) -> TeacherClient:

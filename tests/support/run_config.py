@@ -9,6 +9,9 @@ from megatron_gkd.data.sample import Batch, Sample
 from tests.support.on_ranks import DP, Split, destroy_all_groups, no_kernels
 from tests.support.tiny_models import EOS_ID, PAD_ID, write_prompts
 
+LENGTHS = ((4, 5), (2, 9), (6, 0), (3, 0), (5, 1), (9, 12), (1, 3), (7, 4))
+"""(prompt, completion) tokens of a batch of eight: ragged, with a micro-batch of two that has no rows."""
+
 
 def write_config(
     folder: Path,

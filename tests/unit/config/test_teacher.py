@@ -63,7 +63,8 @@ def test_a_mistake_about_a_served_teacher_is_named_with_its_fix(config_file, ser
 
 
 def test_the_student_may_have_a_temperature_of_its_own(config_file, served):
-    load_config(config_file, [served, "loss.temperature=2", "loss.teacher_temperature=1"])
+    loss = load_config(config_file, [served, "loss.temperature=2", "loss.teacher_temperature=1"]).loss
+    assert (loss.temperature, loss.teacher_temperature) == (2, 1)
 
 
 def test_another_vocabulary_is_refused(config_file, served, tree):

@@ -102,7 +102,9 @@ def test_offsets_cover_the_text_and_give_the_same_ids(spm):
 
 
 def test_the_model_file_itself_is_accepted_and_means_the_same(folder, spm):
-    require_same_vocabulary(spm, load_tokenizer(folder / "tokenizer.model"))
+    from_file = load_tokenizer(folder / "tokenizer.model")
+    require_same_vocabulary(spm, from_file)
+    assert from_file.encode_text("say 47 times") == spm.encode_text("say 47 times")
 
 
 def test_the_kind_decides_where_both_are_there(folder, tmp_path):
