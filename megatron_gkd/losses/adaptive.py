@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.losses.comparison import Comparison, Rounds, side_by_side
-from megatron_gkd.losses.dense import OneRound, Temperatures, log_softmax_pair
+from megatron_gkd.losses.dense import OneRound
 from megatron_gkd.losses.divergences import WeightedKL
 from megatron_gkd.losses.elementwise import exp
-from megatron_gkd.losses.softmax import numbers_per_row, row_pieces
+from megatron_gkd.losses.kernels.eager import log_softmax_pair
+from megatron_gkd.losses.softmax import Temperatures, numbers_per_row, row_pieces
 
 _LOWEST_LOG_P = -20.0
 """A head of mass m has its threshold at p >= (1 - m) / vocabulary: all entries below that hold less than 1 - m."""

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_gkd.losses.combine import Sum
-from megatron_gkd.losses.comparison import Joined, joined_rows, rows_of
-from megatron_gkd.losses.softmax import accumulation_dtype, row_pieces, row_slices
+from megatron_gkd.losses.comparison import Joined, joined_rows
+from megatron_gkd.losses.softmax import accumulation_dtype, row_slices
 
 
 class Layer(NamedTuple):
@@ -169,11 +169,9 @@ class _PerToken(torch.autograd.Function):
         student = Layer(*inputs)
         gradients = _Gradients(student, ctx.problem.num_columns, ctx.needs_input_grad)
         for chunk, logits_CV, targets in ctx.problem.chunks(student):
-            stats_CK, upstream_C = stats_TK[chunk], upstream_T[chunk]
-            for rows in row_pieces(logits_CV):
-                logits_CV[rows] = ctx.problem.comparison.gradient(
-                    logits_CV[rows], rows_of(targets, rows), stats_CK[rows], upstream_C[rows]
-                )
+            ctx.problem.comparison.write_gradient(
+                logits_CV, targets, stats_TK[chunk], upstream_T[chunk], logits_CV
+            )
             gradients.add(chunk, logits_CV)
         grads = zip(gradients.tensors, inputs, strict=True)
         return (*(None if grad is None else grad.to(x.dtype) for grad, x in grads), None)

@@ -59,6 +59,17 @@ class Sum(Comparison):
             total_TV.add_(grad_TV)
         return total_TV
 
+    def write_gradient(
+        self, student_TV: Tensor, targets: Joined, stats_TK: Tensor, upstream_T: Tensor, out_TV: Tensor
+    ) -> None:
+        """See ``Comparison``; several terms need the same logits, so only a single one writes in one go."""
+        term, *others = self.terms
+        if others:
+            super().write_gradient(student_TV, targets, stats_TK, upstream_T, out_TV)
+        else:
+            weighted_T = term.weight * upstream_T
+            term.comparison.write_gradient(student_TV, targets[0], stats_TK[:, 1:], weighted_T, out_TV)
+
     def differentiate_(
         self, student_TV: Tensor, targets: Joined, upstream_T: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -107,10 +118,12 @@ class Limited(Comparison):
         """One more than the inner comparison."""
         return 1 + self.inner.num_stats(target)
 
-    def gradient(self, student_TV: Tensor, target: Any, stats_TK: Tensor, upstream_T: Tensor) -> Tensor:
+    def write_gradient(
+        self, student_TV: Tensor, target: Any, stats_TK: Tensor, upstream_T: Tensor, out_TV: Tensor
+    ) -> None:
         """That of the inner comparison, but exactly 0 beyond the limit, where it may be infinite."""
-        grad_TV = self.inner.gradient(student_TV, target, stats_TK[:, 1:], upstream_T)
-        return grad_TV.masked_fill_(stats_TK[:, :1] != 0, 0.0)
+        self.inner.write_gradient(student_TV, target, stats_TK[:, 1:], upstream_T, out_TV)
+        out_TV.masked_fill_(stats_TK[:, :1] != 0, 0.0)
 
     def differentiate_(self, student_TV: Tensor, target: Any, upstream_T: Tensor) -> tuple[Tensor, Tensor]:
         """See ``Comparison``."""

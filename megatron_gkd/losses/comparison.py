@@ -4,7 +4,7 @@ Nothing here knows where the logits come from: ``distill`` passes slices of give
 it makes from hidden states. A comparison has three entries, which a faster back end can replace one by one:
 
     measure         logits -> loss, and the few numbers per token that the gradient needs; holds every collective
-    gradient        logits and those numbers -> d loss / d logits; local, so that a backward pass never communicates
+    write_gradient  logits and those numbers -> d loss / d logits; local, so that a backward pass never communicates
     differentiate_  both at once, the gradient into the student's storage; saves work between them
 
 All arithmetic is in float32 (float64 for float64 student logits).
@@ -58,13 +58,27 @@ class Comparison(ABC):
     def rounds(self, student_TV: Tensor, target: Any, /) -> Rounds:
         """The collectives of ``measure``, one ``yield`` each; the logits are not modified."""
 
-    @abstractmethod
     def gradient(self, student_TV: Tensor, target: Any, stats_TK: Tensor, upstream_T: Tensor, /) -> Tensor:
-        """[T, V] upstream * d loss / d logits of the student; allocates a few [T, V], so pass pieces of rows."""
+        """[T, V] upstream * d loss / d logits of the student, in the dtype of the stats. Allocates a few [T, V].
+
+        A subclass has its own version of this, for pieces of rows, or of ``write_gradient``.
+        """
+        grad_TV = torch.empty_like(student_TV, dtype=stats_TK.dtype)
+        self.write_gradient(student_TV, target, stats_TK, upstream_T, grad_TV)
+        return grad_TV
+
+    def write_gradient(
+        self, student_TV: Tensor, target: Any, stats_TK: Tensor, upstream_T: Tensor, out_TV: Tensor, /
+    ) -> None:
+        """``gradient`` into ``out_TV`` of any float dtype, which may be the storage of ``student_TV``."""
+        for rows in row_pieces(student_TV):
+            out_TV[rows] = self.gradient(
+                student_TV[rows], rows_of(target, rows), stats_TK[rows], upstream_T[rows]
+            )
 
     @abstractmethod
     def num_stats(self, target: Any, /) -> int:
-        """K of the numbers that ``measure`` returns for ``gradient``."""
+        """K of the numbers that ``measure`` returns for ``write_gradient``."""
 
     @property
     def detail_names(self) -> tuple[str, ...]:
@@ -76,7 +90,7 @@ class Comparison(ABC):
         return stats_TK[:, :0]
 
     def measure(self, student_TV: Tensor, target: Any, /) -> tuple[Tensor, Tensor]:
-        """(loss_T in nats, stats_TK for ``gradient``), equal on all ranks; the logits are not modified."""
+        """(loss_T in nats, stats_TK for ``write_gradient``), equal on all ranks; the logits are not modified."""
         return communicate(self.rounds(student_TV, target), self.group)
 
     def differentiate_(self, student_TV: Tensor, target: Any, upstream_T: Tensor, /) -> tuple[Tensor, Tensor]:
@@ -85,10 +99,7 @@ class Comparison(ABC):
         for block in row_blocks(student_TV, self.group):
             x_TV, y, block_upstream_T = student_TV[block], rows_of(target, block), upstream_T[block]
             loss_T, stats_TK = self.measure(x_TV, y)
-            for rows in row_pieces(x_TV):
-                x_TV[rows] = self.gradient(
-                    x_TV[rows], rows_of(y, rows), stats_TK[rows], block_upstream_T[rows]
-                )
+            self.write_gradient(x_TV, y, stats_TK, block_upstream_T, x_TV)
             parts.append((loss_T, stats_TK))
         return joined_rows(parts)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_gkd.losses.combine import Sum, Term
-from megatron_gkd.losses.comparison import Joined, rows_of
+from megatron_gkd.losses.comparison import Joined
 from megatron_gkd.losses.objective import Objective, ObjectiveOptions
-from megatron_gkd.losses.softmax import Group, first_id, num_real_columns, row_pieces, split_over
+from megatron_gkd.losses.softmax import Group, first_id, num_real_columns, split_over
 from megatron_gkd.losses.sparse import local_entries
 
 
@@ -131,8 +131,5 @@ class _Distill(torch.autograd.Function):
         x_TV = student_TV[:, : ctx.num_columns]
         grad_TV = torch.empty_like(student_TV, memory_format=torch.contiguous_format)
         grad_TV[:, ctx.num_columns :] = 0
-        for rows in row_pieces(x_TV):
-            grad_TV[rows, : ctx.num_columns] = ctx.comparison.gradient(
-                x_TV[rows], rows_of(ctx.target, rows), stats_TK[rows], grad_T[rows]
-            )
+        ctx.comparison.write_gradient(x_TV, ctx.target, stats_TK, grad_T, grad_TV[:, : ctx.num_columns])
         return grad_TV, None, None, None

@@ -6,10 +6,11 @@ from typing import TypedDict, get_args
 from megatron_gkd.losses.adaptive import Adaptive
 from megatron_gkd.losses.combine import Limited
 from megatron_gkd.losses.comparison import Comparison
-from megatron_gkd.losses.dense import OneRound, Temperatures, TwoRounds
+from megatron_gkd.losses.dense import OneRound, TwoRounds
 from megatron_gkd.losses.divergences import AdaptiveKL, Divergence, WeightedKL, make_divergence
 from megatron_gkd.losses.estimators import make_estimator
-from megatron_gkd.losses.softmax import Group
+from megatron_gkd.losses.kernels import find_kernels
+from megatron_gkd.losses.softmax import Group, Temperatures
 from megatron_gkd.losses.sparse import Buckets, PartialSum, Tail
 from megatron_gkd.losses.support import HeadAndDraws, OnSupport, SampledToken, TopK
 
@@ -31,6 +32,7 @@ class ObjectiveOptions(TypedDict, total=False):
     tail: Tail
     estimator: str
     policy_gradient: bool
+    backend: str
 
 
 SUPPORTS = ("full", "teacher_top_k", "student_top_k", "union", "sampled", "token")
@@ -61,6 +63,7 @@ class Objective:
         tail: What becomes of the other entries: one more ``bucket``, ``renormalize`` without them, or ``none``.
         estimator: For ``token``: a name in ``ESTIMATORS``.
         policy_gradient: For ``token``: the estimate is a reward and has no gradient itself.
+        backend: What computes the passes over logits with ``support="full"``, a name in ``kernels.BACKENDS``.
 
     Raises:
         ValueError: If a value is out of range or the divergence unknown.
@@ -80,6 +83,7 @@ class Objective:
     tail: Tail = "bucket"
     estimator: str = "k3"
     policy_gradient: bool = False
+    backend: str = "auto"
 
     def __post_init__(self):
         if not self.temperatures.student > 0 or not self.temperatures.teacher > 0:
@@ -116,12 +120,12 @@ class Objective:
         """
         if self.support != "full":
             return self.limited(self._on_support(group))
-        divergence = self.make_divergence()
+        divergence, kernels = self.make_divergence(), find_kernels(self.backend)
         if isinstance(divergence, AdaptiveKL):
             return self.limited(Adaptive(group, divergence.head_mass, self.temperatures))
         if isinstance(divergence, WeightedKL):
-            return self.limited(OneRound(group, divergence, self.temperatures))
-        return self.limited(TwoRounds(group, divergence, self.temperatures))
+            return self.limited(OneRound(group, divergence, self.temperatures, kernels))
+        return self.limited(TwoRounds(group, divergence, self.temperatures, kernels))
 
     def limited(self, comparison: Comparison) -> Comparison:
         """``comparison`` with the limit of ``max_token_loss``."""

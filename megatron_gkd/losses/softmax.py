@@ -19,6 +19,13 @@ _ELEMENTS_PER_PIECE = 1 << 18
 """Entries of one elementwise pass on CPU: a float32 temporary of 1 MiB stays in the second-level cache."""
 
 
+class Temperatures(NamedTuple):
+    """What the two models' logits are divided by."""
+
+    student: float
+    teacher: float
+
+
 class SoftmaxStats(NamedTuple):
     """Normalizer of softmax(logits / temperature): a logsumexp instead would round at |logsumexp| * 2**-24."""
 

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.losses.comparison import Comparison, Joined, Rounds
-from megatron_gkd.losses.dense import (
-    Temperatures,
-    local_normalizers,
-    log_softmax_pair,
-    merged_normalizers,
-)
+from megatron_gkd.losses.dense import merged_normalizers
 from megatron_gkd.losses.elementwise import exp_
+from megatron_gkd.losses.kernels.eager import log_softmax_pair, normalizers
+from megatron_gkd.losses.softmax import Temperatures
 from megatron_gkd.losses.sparse import Buckets, PartialSum, bucket_round, log_prob_round
 
 _COLUMNS_PER_RANK = 1 << 24
@@ -171,7 +168,7 @@ class HeadAndDraws:
     def choose(self, student_TV: Tensor, target: Joined, rank: int) -> Generator[Tensor, Tensor, Chosen]:
         """See ``Chooser``."""
         teacher_TV = target[0]
-        norms_T4 = local_normalizers(student_TV, teacher_TV, self.temperatures)
+        norms_T4 = normalizers(student_TV, teacher_TV, self.temperatures)
         uniform_TN = torch.rand(len(norms_T4), self.num_draws, dtype=norms_T4.dtype, device=norms_T4.device)
         packed_RTC = yield torch.cat([_candidates(teacher_TV, self.k), norms_T4, uniform_TN], -1)
         head, norms_RT4, uniform_RTN = packed_RTC.split([2 * self.k, 4, self.num_draws], -1)
