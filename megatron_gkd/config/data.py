@@ -63,8 +63,9 @@ class DataConfig(Config):
     tokenizer_kind: Literal["auto", "hf", "sentencepiece"] = "auto"
     """hf: tokenizer.json and tokenizer_config.json; sentencepiece: tokenizer.model; auto: what is there, hf
     first."""
-    chat_template: Path | None = None
-    """File with a Jinja chat template to use in place of the tokenizer's own."""
+    chat_template: str | None = None
+    """Chat template to use in place of the tokenizer's own: a file in Jinja, or package.module:NAME or file.py:NAME of a
+    text in Jinja."""
 
     @property
     def teacher_prompt_length(self) -> int:

@@ -165,8 +165,9 @@ def _data_problems(data: "DataConfig", evaluation: "EvaluationConfig") -> Iterat
             # an own class may read a folder
             if not (file.exists() if data.dataset_class else file.is_file()):
                 yield f"{key}={str(file)!r}: no such file; give a file of prompts"
-    if data.chat_template is not None and not data.chat_template.is_file():
-        yield f"data.chat_template={str(data.chat_template)!r}: no such file; give a Jinja template"
+    template = data.chat_template
+    if template is not None and ":" not in template and not Path(template).is_file():
+        yield f"data.chat_template={template!r}: no such file; give a Jinja template"
     if data.tokenizer is not None and not data.tokenizer.exists():
         yield (
             f"data.tokenizer={str(data.tokenizer)!r}: no such file or folder; give a tokenizer's folder or a "

@@ -1,4 +1,4 @@
-"""A user's own dataset class, found by the name that the configuration gives."""
+"""A user's own dataset class or chat template, found by the name that the configuration gives."""
 
 import importlib
 import importlib.util
@@ -18,13 +18,7 @@ def load_dataset_class(name: str) -> Any:
         DataError: There is no such module, file or name, or it cannot be called. Errors that the module itself raises
             are handed on.
     """
-    source, _, attribute = name.rpartition(":")
-    module = _load_file(Path(source), name) if source.endswith(".py") else _load_module(source, name)
-    try:
-        made = getattr(module, attribute)
-    except AttributeError:
-        known = ", ".join(key for key in vars(module) if not key.startswith("_"))
-        raise DataError(f"data.dataset_class={name!r}: {source} has no {attribute}, only {known}") from None
+    made = _load("data.dataset_class", name)
     if not callable(made):
         raise DataError(
             f"data.dataset_class={name!r} is a {type(made).__name__}; give a class that takes a path"
@@ -32,22 +26,55 @@ def load_dataset_class(name: str) -> Any:
     return made
 
 
-def _load_file(file: Path, name: str) -> Any:
+def load_chat_template(name: str) -> str:
+    """The Jinja text that ``data.chat_template`` names.
+
+    Args:
+        name: Path of a file, or ``package.module:NAME`` or ``path/file.py:NAME`` of a text.
+
+    Raises:
+        DataError: There is no such file, module or name, or it is no text.
+    """
+    if ":" in name:
+        template = _load("data.chat_template", name)
+        if not isinstance(template, str):
+            raise DataError(
+                f"data.chat_template={name!r} is a {type(template).__name__}; give a text in Jinja"
+            )
+        return template
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.chat_template={name!r} cannot be read: {error}") from error
+
+
+def _load(key: str, name: str) -> Any:
+    source, _, attribute = name.rpartition(":")
+    module = (
+        _load_file(key, Path(source), name) if source.endswith(".py") else _load_module(key, source, name)
+    )
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        known = ", ".join(name for name in vars(module) if not name.startswith("_"))
+        raise DataError(f"{key}={name!r}: {source} has no {attribute}, only {known}") from None
+
+
+def _load_file(key: str, file: Path, name: str) -> Any:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if not file.is_file() or spec is None or spec.loader is None:
-        raise DataError(f"data.dataset_class={name!r}: there is no file {file}")
+        raise DataError(f"{key}={name!r}: there is no file {file}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def _load_module(source: str, name: str) -> Any:
+def _load_module(key: str, source: str, name: str) -> Any:
     try:
         return importlib.import_module(source)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{source}.".startswith(f"{error.name}."):
             raise  # the module is there, and misses another one
         raise DataError(
-            f"data.dataset_class={name!r}: no module {error.name!r} on the Python path; give file.py:Name, or extend "
-            "PYTHONPATH"
+            f"{key}={name!r}: no module {error.name!r} on the Python path; give file.py:Name, or extend PYTHONPATH"
         ) from error

@@ -185,31 +185,27 @@ def load_tokenizer(
     source: Path | str,
     kind: Literal["auto", "hf", "sentencepiece"] = "auto",
     *,
-    chat_template: Path | None = None,
+    chat_template: str | None = None,
 ) -> Tokenizer:
     """Read a tokenizer from local files; nothing is downloaded and no code of the folder runs.
 
     Args:
         source: A Hugging Face model folder, or a SentencePiece model file (or a folder with ``tokenizer.model``).
         kind: Which of them; ``auto`` takes ``tokenizer.json`` and ``tokenizer_config.json`` before ``tokenizer.model``.
-        chat_template: Jinja file to use in place of the tokenizer's own template.
+        chat_template: Jinja text to use in place of the tokenizer's own template.
 
     Raises:
-        DataError: The source is missing or no usable tokenizer, or the template cannot be read.
+        DataError: The source is missing or no usable tokenizer.
     """
     source = Path(source)
     if not source.exists():
         raise DataError(f"tokenizer {source} does not exist")
-    try:
-        template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data.chat_template={str(chat_template)!r} cannot be read: {error}") from error
     if kind == "auto":
         has_hf_files = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         is_model = source.is_file() or (source / SENTENCEPIECE_FILE).is_file()
         kind = "sentencepiece" if is_model and not has_hf_files else "hf"
     load = _load_sentencepiece if kind == "sentencepiece" else _load_hf
-    return Tokenizer(load(source, template), source)
+    return Tokenizer(load(source, chat_template), source)
 
 
 def _load_hf(folder: Path, chat_template: str | None) -> TokenizerBackend:

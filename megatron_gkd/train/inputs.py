@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import load_hf_shapes
 from megatron_gkd.config.teacher import NoTeacherConfig
-from megatron_gkd.data.custom import load_dataset_class
+from megatron_gkd.data.custom import load_chat_template, load_dataset_class
 from megatron_gkd.data.prompts import RowPolicy, load_prompts
 from megatron_gkd.data.row_files import RowFile, open_row_files
 from megatron_gkd.data.rows import RowEncoder, RowKeys, RowLimits
@@ -26,9 +26,8 @@ def build_tokenizer(config: GkdConfig) -> Tokenizer:
             so that the two distributions cannot be compared.
     """
     data, folder = config.data, config.student.hf_folder
-    tokenizer = load_tokenizer(
-        data.tokenizer or folder, data.tokenizer_kind, chat_template=data.chat_template
-    )
+    template = None if data.chat_template is None else load_chat_template(data.chat_template)
+    tokenizer = load_tokenizer(data.tokenizer or folder, data.tokenizer_kind, chat_template=template)
     num_rows = load_hf_shapes(folder).vocab_size
     if tokenizer.vocab_size > num_rows:
         raise DataError(

@@ -117,27 +117,19 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_a_template_file_is_used_in_place_of_the_tokenizers_own(make_tokenizer, tmp_path):
-    folder = make_tokenizer().folder
-    template = tmp_path / "template.jinja"
-    template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}w9")
-    tokenizer = load_tokenizer(folder, chat_template=template)
+def test_a_template_is_used_in_place_of_the_tokenizers_own(make_tokenizer):
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}w9"
+    tokenizer = load_tokenizer(make_tokenizer().folder, chat_template=template)
     assert tokenizer.render_chat([{"role": "user", "content": "w3"}]) == "w3 w9"
 
 
-def test_a_template_that_is_no_jinja_is_named_with_its_line(make_tokenizer, tmp_path):
-    template = tmp_path / "template.jinja"
-    template.write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
+def test_a_template_that_is_no_jinja_is_named_with_its_line(make_tokenizer):
+    template = "{% for m in messages %}\n{{ m.content }\n{% endfor %}"
     tokenizer = load_tokenizer(make_tokenizer().folder, chat_template=template)
     with pytest.raises(
         DataError, match=r"line 2 of the chat template of .* is no Jinja.*data\.chat_template"
     ):
         tokenizer.render_chat([{"role": "user", "content": "w3"}])
-
-
-def test_a_template_file_that_is_not_there_is_named(make_tokenizer, tmp_path):
-    with pytest.raises(DataError, match=r"data\.chat_template=.*none.jinja' cannot be read"):
-        load_tokenizer(make_tokenizer().folder, chat_template=tmp_path / "none.jinja")
 
 
 def test_tokens_of_spans_are_flagged_with_the_end_of_sequence_behind_them(make_tokenizer):
