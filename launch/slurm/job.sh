@@ -30,6 +30,16 @@ value() {
     python "$code/launch/pretrain_gkd.py" "${arguments[@]}" --show "$@"
 }
 
+# require_value KEY VALUE ELSE: end the job unless the configuration has it
+require_value() {
+    local found
+    found=$(value "$1")
+    if [[ $found != "$2" ]]; then
+        echo "error: this job needs $1=$2, not $found; set it, $3" >&2
+        exit 2
+    fi
+}
+
 # SLURM sends USR1 ahead of the time limit (--signal), people by: scancel --batch --signal=USR1 JOB
 make_room() {
     is_making_room=true

@@ -17,13 +17,28 @@ urls() {
     echo "[$(endpoints "$1" | sed 's#[^,]*#http://&#g')]"
 }
 
-# start_servers GROUP NAME MODEL OPTION...: options of launch/serve.py; an address is in logs/NAME_<node>.url once it answers
+# host GROUP, first_port GROUP: of its first server
+host() {
+    local all first
+    all=$(endpoints "$1")
+    first=${all%%,*}
+    echo "${first%:*}"
+}
+first_port() {
+    local all first
+    all=$(endpoints "$1")
+    first=${all%%,*}
+    echo "${first##*:}"
+}
+
+# start_servers GROUP NAME MODEL CONTEXT OPTION...: tokens of the longest sequence, options of launch/serve.py; an address is
+# in logs/NAME_<node>.url once it answers
 start_servers() {
     rm -f "$run_folder/logs/$2"_*.url
     srun --het-group="$1" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
         --output="$run_folder/logs/$2_%N.url" --error="$run_folder/logs/$2_%N.err" --open-mode=truncate \
         bash "$code/launch/slurm/server.sh" "$(endpoints "$1")" "$run_folder/logs/$2" \
-        --model "$3" --context-length "$(value seq_length)" --config "$resolved" "${@:4}" &
+        --model "$3" --context-length "$4" --config "$resolved" "${@:5}" &
     server_pids+=($!)
 }
 

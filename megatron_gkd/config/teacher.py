@@ -27,8 +27,8 @@ class ServerTeacherConfig(Config):
     the cross-entropy of loss.sft_weight=1."""
     hf: Path
     """Folder with config.json and the tokenizer files of the served model; its weights are not read here."""
-    server_ip: str
-    """Address or name of the machine that the server runs on."""
+    server_ip: str = "127.0.0.1"
+    """Address or name of the machine that the server runs on; launch/slurm/heterogeneous.sbatch fills it in."""
     server_port: int = Field(default=30000, ge=1, le=65535)
     """Port that the server listens on."""
     api_key_env: str | None = None

@@ -164,7 +164,8 @@ if os.environ["RANK"] == "0":
     rollout, run = config.rollout, config.train.output_dir
     key = os.environ[rollout.api_key_env]
     servers = sorted(file.name for file in run.glob("logs/*.url") if file.read_text())
-    written = {"urls": rollout.urls, "key": key, "push": str(rollout.push_dir), "servers": servers}
+    teacher = config.teacher.url, os.environ[config.teacher.api_key_env]
+    written = {"urls": rollout.urls, "key": key, "push": str(rollout.push_dir), "servers": servers, "teacher": teacher}
     (run / "trainer.json").write_text(json.dumps(written))
     (run / "status.json").write_text('{"state": "done", "iteration": 1, "reason": ""}')
 """
@@ -181,7 +182,9 @@ def test_the_trainer_of_a_heterogeneous_job_finds_the_servers_of_the_other_group
         (code / file).write_text(text)
     job_file = code / "launch" / "slurm" / "heterogeneous.sbatch"
     job_file.write_text(job_file.read_text().replace("--gpus-per-node=8", ONE_GPU))
-    job = submit(cluster, code, job_file.name, "--config", str(config))
+    served = f"teacher={{kind: server, hf: {tmp_path / 'teacher'}}}"
+    keys = served, "loss.support=teacher_top_k", "data.max_teacher_prompt_length=84"
+    job = submit(cluster, code, job_file.name, "--config", str(config), *keys)
     assert wait_for_end(cluster, job, run) == "COMPLETED"
     trainer = json.loads((run / "trainer.json").read_text())
     servers = {
@@ -190,6 +193,7 @@ def test_the_trainer_of_a_heterogeneous_job_finds_the_servers_of_the_other_group
     }
     engine, teacher = servers["rollout"], servers["teacher"]
     assert trainer["urls"] == [f"http://{engine['--host']}:{engine['--port']}"]
+    assert trainer["teacher"] == [f"http://{teacher['--host']}:{teacher['--port']}", engine["key"]]
     assert engine["--port"] != teacher["--port"]
     assert trainer["key"] == engine["key"] == teacher["key"] != ""
     assert trainer["push"] == str(run / "push")
@@ -198,6 +202,7 @@ def test_the_trainer_of_a_heterogeneous_job_finds_the_servers_of_the_other_group
     assert engine["--model"] == str(tmp_path / "student")
     assert teacher["--model"] == str(tmp_path / "teacher")
     assert engine["--context-length"] == "76"
+    assert teacher["--context-length"] == "96"
     assert engine["--tp"] == engine["gpus"] == "1"
     for name, node in (("rollout", "n3"), ("teacher", "n4")):
         assert (run / "logs" / f"{name}_{node}.log").read_text() == "stopped"

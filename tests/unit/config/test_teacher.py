@@ -39,7 +39,7 @@ def test_the_address_may_be_of_the_sixth_version(config_file, served):
     ("override", "message"),
     [
         ("teacher.kind=vllm", "teacher.kind: must be one of megatron, server, none"),
-        ("teacher.server_ip=null", "teacher.server_ip: is required"),
+        ("teacher.server_ip=null", r"teacher.server_ip: should be a valid string \(got None\)"),
         ("teacher.server_ip='http://10.0.0.5'", "not an address or a name.*the port has its own key"),
         ("teacher.server_port=70000", "teacher.server_port"),
         ("teacher.top_k=0", "teacher.top_k"),
