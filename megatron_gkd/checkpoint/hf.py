@@ -16,7 +16,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 
 from megatron_gkd.checkpoint.blocks import stream_weights
-from megatron_gkd.checkpoint.integrity import CheckpointError, read_manifest, sync_folder, write_manifest
+from megatron_gkd.checkpoint.integrity import (
+    CheckpointError,
+    describe_share,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+)
 from megatron_gkd.checkpoint.weights import (
     HF_FILES,
     LORA,
@@ -83,7 +89,8 @@ def convert_hf_to_megatron(
                 f"{unfinished} has other numbers than {different} in {hf}; is the disk sound?"
             )
     copy_side_files(hf, unfinished / HF_FILES)
-    write_manifest(unfinished, {"kind": "weights", "dtype": _name(dtype)}, device=device)
+    share = describe_share(unfinished, dist.get_rank(), dist.get_world_size())
+    write_manifest(unfinished, {"kind": "weights", "dtype": _name(dtype)}, share, device=device)
     unfinished.rename(out)
     sync_folder(out.parent)
     log.info("Wrote %s in %.1f s", out, time.perf_counter() - start)

@@ -22,14 +22,21 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the message names the folder and what is wrong with it."""
 
 
-def write_manifest(folder: Path, facts: dict[str, Any], *, device: torch.device) -> None:
-    """Hash all files under ``folder``, each rank its share, and write the manifest. Collective."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = {str(f.relative_to(folder)): _describe(f) for f in _files(folder)[rank::world]}
-    files: dict[str, Any] = {}
-    for part in gather_json(mine, device=device):
+FileFacts = dict[str, dict[str, Any]]
+"""Size and hash of files, by their path in the folder."""
+
+
+def describe_share(folder: Path, rank: int, num_ranks: int) -> FileFacts:
+    """Hash this rank's share of the files under ``folder``."""
+    return {str(f.relative_to(folder)): _describe(f) for f in _files(folder)[rank::num_ranks]}
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], share: FileFacts, *, device: torch.device) -> None:
+    """Write the manifest of files of which each rank has hashed its ``share``. Collective."""
+    files: FileFacts = {}
+    for part in gather_json(share, device=device):
         files.update(part)
-    if rank == 0:
+    if dist.get_rank() == 0:
         text = json.dumps({**facts, "files": dict(sorted(files.items()))}, indent=1)
         _write_durably(folder / MANIFEST, text)
 

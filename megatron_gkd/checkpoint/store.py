@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_gkd.checkpoint.background import BackgroundSave
 from megatron_gkd.checkpoint.hf import copy_side_files
 from megatron_gkd.checkpoint.integrity import (
     CheckpointError,
+    FileFacts,
     check_everywhere,
+    describe_share,
     read_manifest,
     sync_folder,
     write_manifest,
@@ -53,6 +57,7 @@ class CheckpointStore:
         device: The device of this rank.
         keep_last: Number of newest checkpoints that stay; 0: all.
         best_metric: Metric whose lowest value marks the best checkpoint, which stays, too.
+        in_background: ``save`` returns as soon as the tensors are copied; ``advance`` and ``finish`` do the rest.
     """
 
     def __init__(
@@ -65,10 +70,13 @@ class CheckpointStore:
         device: torch.device,
         keep_last: int = 0,
         best_metric: str | None = None,
+        in_background: bool = False,
     ):
         self._folder, self._hf_files = folder, hf_files
         self._groups, self._dtype, self._device = groups, dtype, device
         self._keep_last, self._best_metric = keep_last, best_metric
+        self._in_background = in_background
+        self._unfinished: BackgroundSave | None = None
 
     def save(
         self,
@@ -80,6 +88,8 @@ class CheckpointStore:
     ) -> Path:
         """Write ``iter_<iteration>``; an existing one of that name is replaced. Collective over all ranks.
 
+        In the background the folder is there after ``finish`` only; an earlier save is finished first.
+
         Args:
             iteration: Finished iterations.
             model: This rank's part of the student.
@@ -90,6 +100,7 @@ class CheckpointStore:
         Raises:
             NoSpaceError: The disk has no room; nothing was written.
         """
+        self.finish()
         start = time.perf_counter()
         final = self._folder / f"iter_{iteration:07d}"
         unfinished = final.with_name(final.name + UNFINISHED)
@@ -103,14 +114,41 @@ class CheckpointStore:
             copy_side_files(self._hf_files, unfinished / HF_FILES)
             (unfinished / STATE_FILE).write_text(json.dumps(state, indent=1))
         dist.barrier()
-        dist_checkpointing.save(sharded, str(unfinished / WEIGHTS))
-        dist.barrier()
         facts = {
             **self._facts(iteration),
             LORA: _adapters_of(model),
             "metrics": self._noted_metrics(metrics or {}),
         }
-        write_manifest(unfinished, facts, device=self._device)
+        request = dist_checkpointing.save(
+            sharded, str(unfinished / WEIGHTS), async_sharded_save=self._in_background
+        )
+        if request is not None:
+            publish = partial(self._publish, unfinished, final, facts, start)
+            self._unfinished = BackgroundSave(request, unfinished, publish, device=self._device)
+            log.info(
+                "Saving %s in the background; training waited %.1f s", final, time.perf_counter() - start
+            )
+            return final
+        dist.barrier()
+        share = describe_share(unfinished, dist.get_rank(), dist.get_world_size())
+        self._publish(unfinished, final, facts, start, share)
+        return final
+
+    def advance(self) -> None:
+        """Publish a checkpoint that was written in the background, if it is complete. Collective over all ranks."""
+        if self._unfinished is not None and self._unfinished.advance(wait=False):
+            self._unfinished = None
+
+    def finish(self) -> None:
+        """Wait for a save in the background and publish it. Collective over all ranks."""
+        if self._unfinished is not None:
+            self._unfinished.advance(wait=True)
+            self._unfinished = None
+
+    def _publish(
+        self, unfinished: Path, final: Path, facts: dict[str, Any], start: float, share: FileFacts
+    ) -> None:
+        write_manifest(unfinished, facts, share, device=self._device)
         if dist.get_rank() == 0:
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
@@ -118,7 +156,6 @@ class CheckpointStore:
             self._apply_retention()
         dist.barrier()
         log.info("Saved %s in %.1f s", final, time.perf_counter() - start)
-        return final
 
     def find_newest_valid(self) -> Path | None:
         """The checkpoint of the highest iteration whose files match its manifest. Collective over all ranks.

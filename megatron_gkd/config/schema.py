@@ -128,6 +128,9 @@ class CheckpointConfig(Config):
 
     save_interval: int = Field(default=0, ge=0)
     """Iterations between checkpoints; 0: only at the end."""
+    async_save: bool = False
+    """Write checkpoints while training goes on. It waits only until the tensors are copied to host memory, which needs
+    room for them; on a CPU the copies are made as training changes the originals."""
     keep_last: int = Field(default=0, ge=0)
     """Newest checkpoints that are kept, older ones are removed; 0 keeps all. The disk needs room for one more."""
     keep_best_metric: Literal["loss", "validation/loss"] | None = None

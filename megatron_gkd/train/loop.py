@@ -93,6 +93,11 @@ class Trainer:
         )
         self.saved_iteration = self.state.iteration
 
+    def save_finally(self) -> None:
+        """``save``, and return when the checkpoint is there."""
+        self.save()
+        self.store.finish()
+
     def run(self, stop: StopRequest) -> State:
         """Train until the last iteration or a stop request; returns ``done`` or ``stopped``. Collective.
 
@@ -110,15 +115,16 @@ class Trainer:
             self.records.start(self.state.iteration)
             while self.state.iteration < train.train_iters:
                 if stop.is_agreed(self.world.device):
-                    self.save()
+                    self.save_finally()
                     return "stopped"
                 self._iterate(engine)
+                self.store.advance()
                 self._save_if_due()
         except (EngineError, DataError):
             # every rank gets here alike: engines raise the same error on all of them, and all read the same rows
-            self.save()
+            self.save_finally()
             raise
-        self.save()
+        self.save_finally()
         return "done"
 
     def connect_engine(self) -> RolloutEngine:
@@ -246,6 +252,7 @@ def build_trainer(
         device=world.device,
         keep_last=config.checkpoint.keep_last,
         best_metric=config.checkpoint.keep_best_metric,
+        in_background=config.checkpoint.async_save,
     )
     records = Records(config, world, tokenizer)
     validation = Validation(validation_prompts, config, tokenizer.pad_id) if validation_prompts else None

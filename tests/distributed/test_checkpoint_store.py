@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,6 +122,13 @@ def test_a_run_keeps_the_newest_and_the_best_checkpoint(run_on_ranks, models, tm
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["best", "iter_0000002", "iter_0000005"]
     assert (folder / "best").resolve().name == "iter_0000002"
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_a_save_in_the_background_holds_what_a_save_in_the_foreground_does(
+    run_on_ranks, models, tmp_path, optim
+):
+    run_on_ranks(2, _save_both_ways, write_config(tmp_path, *models, split=DP, optim=OPTIMIZERS[optim]))
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
@@ -363,6 +371,47 @@ def _save_often(rank: int, world_size: int, config_file: Path) -> None:
     for iteration, loss in enumerate((0.5, 0.25, math.nan, 0.75, 0.5), start=1):
         store.save(iteration, student.model, student.optimizer, {}, {"loss": loss, "lr": 0.0})
     assert store.find_newest_valid().name == "iter_0000005"
+    leave()
+
+
+def _save_both_ways(rank: int, world_size: int, config_file: Path) -> None:
+    """Training goes on between the start of the save in the background and its end."""
+    from megatron_gkd.config import load_config
+
+    allow_saving()
+    config = load_config(config_file)
+    world, batches = make_world(rank, world_size), [make_batch(seed, LENGTHS) for seed in range(4)]
+    student, teacher, head_VH = build_parts(config, world)
+    for i in (0, 1):
+        update(student, teacher, head_VH, batches[i], i, config)
+    foreground = _store(config, student).save(2, student.model, student.optimizer, {"a": 1})
+
+    allow_saving(in_background=True)
+    store = _store(config, student, "background", in_background=True)
+    expected = store.save(2, student.model, student.optimizer, {"a": 1})
+    assert [p.name for p in expected.parent.iterdir()] == ["iter_0000002.tmp"]
+    update(student, teacher, head_VH, batches[2], 2, config)
+    store.save(3, student.model, student.optimizer, {"a": 2})  # finishes the one before
+    update(student, teacher, head_VH, batches[3], 3, config)
+    assert store.find_newest_valid() == expected
+    store.finish()
+    store.finish()  # nothing is left to do
+    newest = store.find_newest_valid()
+    assert newest.name == "iter_0000003"
+
+    saved, background = _tensors(foreground), _tensors(expected)
+    assert background.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(background[name], tensor), name
+    later = _tensors(newest)
+    assert any(not torch.equal(later[name], tensor) for name, tensor in saved.items())
+    assert (expected / "state.json").read_text() == (foreground / "state.json").read_text()
+
+    store.save(4, student.model, student.optimizer, {})
+    deadline = time.monotonic() + 60
+    while not (newest.parent / "iter_0000004").exists():
+        assert time.monotonic() < deadline
+        store.advance()
     leave()
 
 

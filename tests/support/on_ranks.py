@@ -92,18 +92,18 @@ def gather_vocabulary(shard_TV: torch.Tensor, groups: Any, vocab_size: int) -> t
     return torch.cat(shards, dim=1)[:, :vocab_size]
 
 
-def allow_saving() -> None:
+def allow_saving(*, in_background: bool = False) -> None:
     """Let a rank of the pool call ``dist_checkpointing.save``, which starts processes.
 
     The ranks are daemons, which may have no children; and the manager process that Megatron starts for a queue would
-    outlive a killed rank, so it gets a queue of this process (saving is synchronous). The unchanged path is run by
-    the end-to-end tests.
+    outlive a killed rank, so it gets a queue of this process, or in the background one that a forked process shares. The
+    unchanged path is run by the end-to-end tests.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     process: Any = multiprocessing.current_process()
     process._config["daemon"] = False
-    filesystem_async._results_queue = queue.Queue()
+    filesystem_async._results_queue = multiprocessing.Queue() if in_background else queue.Queue()
 
 
 def convert_folders(rank: int, world_size: int, jobs: list[tuple[Path, Path]]) -> None:
