@@ -23,6 +23,7 @@ from megatron_gkd.checkpoint.integrity import (
     sync_folder,
     write_manifest,
 )
+from megatron_gkd.checkpoint.side_files import copy_side_files
 from megatron_gkd.checkpoint.weights import (
     HF_FILES,
     LORA,
@@ -47,16 +48,6 @@ from megatron_gkd.reshard.layout import (
 from megatron_gkd.reshard.transport import HfFolder, MappedSafetensors, find_difference, read_slices
 
 log = logging.getLogger(__name__)
-
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and chat template of a Hugging Face folder: every file that holds no weights."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
-            shutil.copyfile(file, target / file.name)
 
 
 def convert_hf_to_megatron(

@@ -21,7 +21,6 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_gkd.checkpoint.background import BackgroundSave
-from megatron_gkd.checkpoint.hf import copy_side_files
 from megatron_gkd.checkpoint.integrity import (
     CheckpointError,
     FileFacts,
@@ -32,6 +31,7 @@ from megatron_gkd.checkpoint.integrity import (
     write_manifest,
 )
 from megatron_gkd.checkpoint.retention import UNFINISHED, find_best, link_best, remove_superseded
+from megatron_gkd.checkpoint.side_files import copy_side_files, replace_tokenizer
 from megatron_gkd.checkpoint.space import require_space
 from megatron_gkd.checkpoint.weights import HF_FILES, LORA, WEIGHTS, fill_model
 from megatron_gkd.config.resume import STATE_FILE
@@ -57,6 +57,8 @@ class CheckpointStore:
         device: The device of this rank.
         keep_last: Number of newest checkpoints that stay; 0: all.
         best_metric: Metric whose lowest value marks the best checkpoint, which stays, too.
+        tokenizer: Folder or file of the tokenizer that goes with the weights in place of that of ``hf_files``.
+        chat_template: Jinja text that goes with them in place of the tokenizer's own.
         in_background: ``save`` returns as soon as the tensors are copied; ``advance`` and ``finish`` do the rest.
     """
 
@@ -70,11 +72,14 @@ class CheckpointStore:
         device: torch.device,
         keep_last: int = 0,
         best_metric: str | None = None,
+        tokenizer: Path | None = None,
+        chat_template: str | None = None,
         in_background: bool = False,
     ):
         self._folder, self._hf_files = folder, hf_files
         self._groups, self._dtype, self._device = groups, dtype, device
         self._keep_last, self._best_metric = keep_last, best_metric
+        self._tokenizer, self._chat_template = tokenizer, chat_template
         self._in_background = in_background
         self._unfinished: BackgroundSave | None = None
 
@@ -112,6 +117,7 @@ class CheckpointStore:
             shutil.rmtree(unfinished, ignore_errors=True)
             (unfinished / WEIGHTS).mkdir(parents=True)
             copy_side_files(self._hf_files, unfinished / HF_FILES)
+            replace_tokenizer(unfinished / HF_FILES, self._tokenizer, self._chat_template)
             (unfinished / STATE_FILE).write_text(json.dumps(state, indent=1))
         dist.barrier()
         facts = {

@@ -127,6 +127,11 @@ def _weight_problems(name: str, model: "ModelConfig") -> Iterator[str]:
 
 
 def _output_problems(config: "GkdConfig", student: HfShapes) -> Iterator[str]:
+    if config.checkpoint.keep_best_metric == "validation/loss" and not config.evaluation.files:
+        yield (
+            "checkpoint.keep_best_metric=validation/loss needs evaluation.files, or nothing measures it; give files, or "
+            "set checkpoint.keep_best_metric=loss"
+        )
     folder = config.train.output_dir
     needed = student.num_parameters * CHECKPOINT_BYTES_PER_PARAMETER[config.train.precision]
     for problem in find_output_problems(folder, needed):

@@ -68,9 +68,14 @@ class Tokenizer:
         return ids
 
     @property
+    def chat_template(self) -> str | None:
+        """The Jinja text that ``render_chat`` uses."""
+        return self._backend.chat_template
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether ``render_chat`` can work."""
-        return self._backend.chat_template is not None
+        return self.chat_template is not None
 
     def encode_text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a text.

@@ -13,6 +13,8 @@ Messages = Sequence[dict[str, str]]
 Span = tuple[int, int]
 """[start, stop) in characters."""
 
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
 
 class TokenizerBackend(Protocol):
     """What ``Tokenizer`` needs of a library."""
@@ -159,7 +161,7 @@ class SentencePieceBackend:
 
 def folder_template(folder: Path) -> str | None:
     """The chat template that a model folder holds beside its tokenizer, if any."""
-    template = folder / "chat_template.jinja"
+    template = folder / CHAT_TEMPLATE_FILE
     if template.is_file():
         return template.read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"

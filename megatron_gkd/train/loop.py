@@ -252,6 +252,8 @@ def build_trainer(
         device=world.device,
         keep_last=config.checkpoint.keep_last,
         best_metric=config.checkpoint.keep_best_metric,
+        tokenizer=config.data.tokenizer,
+        chat_template=tokenizer.chat_template if config.data.chat_template else None,
         in_background=config.checkpoint.async_save,
     )
     records = Records(config, world, tokenizer)

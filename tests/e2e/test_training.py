@@ -29,6 +29,7 @@ from tests.support.launching import (
 from tests.support.tiny_models import write_prompts
 
 NUM_ITERATIONS = 8
+IN_BACKGROUND = ("checkpoint.async_save=true", "checkpoint.save_interval=1")
 VALUES = ("loss", "loss/on_policy", "loss/off_policy", "grad_norm", "lr", "tokens", "tokens/consumed")
 
 
@@ -79,15 +80,16 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_p
     }
     assert f"iteration {NUM_ITERATIONS}/{NUM_ITERATIONS} | loss " in output
 
-    # torchrun hands the signal to the ranks
+    # torchrun hands the signal to the ranks; these runs save in the background
     first = stop_a_run(config, parts, lambda process: process.send_signal(signal.SIGTERM))
     assert "SIGTERM" in first["reason"]
     (parts / "stop").write_text("meant for an earlier start")
     second = stop_a_run(config, parts, lambda _: (parts / "stop").write_text("enough for today\n"))
     assert second["reason"] == f"stopped by {parts}/stop: enough for today"
     assert 1 <= first["iteration"] < second["iteration"] < NUM_ITERATIONS
-    output = train(config, f"train.output_dir={parts}")
+    output = train(config, f"train.output_dir={parts}", *IN_BACKGROUND)
     assert f"Resuming from {parts}" in output
+    assert f"iter_{NUM_ITERATIONS:07d} in the background" in output
     assert not (parts / "stop").exists()
     for expected, got in zip(read_metrics(whole), read_metrics(parts), strict=True):
         assert {key: got[key] for key in VALUES} == {key: expected[key] for key in VALUES}
@@ -104,7 +106,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_p
 def stop_a_run(config: Path, run: Path, ask: Callable[[subprocess.Popen], object]) -> dict:
     """Start the run, ask it to stop after the first new iteration; its status after the end."""
     log_file, num_before = run.with_suffix(".log"), len(read_metrics(run))
-    process = launch(config, f"train.output_dir={run}", log_file=log_file)
+    process = launch(config, f"train.output_dir={run}", *IN_BACKGROUND, log_file=log_file)
     wait_until(lambda: len(read_metrics(run)) > num_before, process, log_file, 200)
     ask(process)
     process.wait(60)  # torchrun itself fails when it was signalled

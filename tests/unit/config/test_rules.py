@@ -33,6 +33,7 @@ from tests.unit.config.conftest import write_hf_config
         (["data.prompts=[a.jsonl]"], "data.prompts='a.jsonl': no such file"),
         (["evaluation.files=b.parquet"], "evaluation.files='b.parquet': no such file"),
         (["data.chat_template=c.jinja"], "data.chat_template='c.jinja': no such file"),
+        (["checkpoint.keep_best_metric=validation/loss"], "needs evaluation.files, or nothing measures it"),
         (["data.tokenizer=d"], "data.tokenizer='d': no such file or folder"),
         (
             [
