@@ -83,11 +83,16 @@ def test_loss_and_gradients_are_those_of_a_plain_lora(
         assert (got[name].double() - gradient).norm() <= 5e-6 * gradient.norm(), name
 
 
-@pytest.mark.parametrize(("num_ranks", "split"), [(2, TP2), (2, PP2), (4, TP2_PP2_SP)], ids=str)
+@pytest.mark.parametrize(
+    ("num_ranks", "split", "is_distributed"),
+    [(2, TP2, False), (2, PP2, False), (4, TP2_PP2_SP, False), (4, TP2, True)],
+    ids=str,
+)
 def test_training_starts_at_the_base_and_is_the_same_in_every_layout(
-    run_on_ranks, models, unsplit, tmp_path, num_ranks: int, split: Split
+    run_on_ranks, models, unsplit, tmp_path, num_ranks: int, split: Split, is_distributed: bool
 ):
-    run_on_ranks(num_ranks, _train, _config(tmp_path, models, split))
+    optim = {"use_distributed_optimizer": is_distributed}
+    run_on_ranks(num_ranks, _train, _config(tmp_path, models, split, optim=optim))
     expected, got = (json.loads((folder / "losses.json").read_text()) for folder in (unsplit, tmp_path))
     assert got == pytest.approx(expected, rel=1e-6)
     _check_merged(tmp_path, models[0])
@@ -182,8 +187,12 @@ def _check_merged(folder: Path, student: Path) -> None:
     assert len(changed) == 2 * len(ALL_MODULES)
 
 
-def _config(folder: Path, models, split: Split, *, lora=LORA, student=None, train=None) -> Path:
-    sections = {"student": {"lora": lora, **(student or {})}, "train": train or {}, "optim": OPTIM}
+def _config(folder: Path, models, split: Split, *, lora=LORA, student=None, train=None, optim=None) -> Path:
+    sections = {
+        "student": {"lora": lora, **(student or {})},
+        "train": train or {},
+        "optim": OPTIM | (optim or {}),
+    }
     return write_config(folder, *models, split=split, teacher_split=split, **sections)
 
 
@@ -227,6 +236,7 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
     """From the base: three updates, and everything that leaves the run afterwards."""
     from megatron_gkd.checkpoint.hf import export_weights
     from megatron_gkd.checkpoint.peft import export_adapters
+    from megatron_gkd.parallel.collectives import gather_json
     from megatron_gkd.train.probe import trainer_log_probs
 
     allow_saving()
@@ -242,7 +252,11 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
         assert torch.equal(parameter, before[name]) != (".adapter." in name), name
         assert parameter.requires_grad == (".adapter." in name)
     num_trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
-    assert sum(p.numel() for p in student.optimizer.get_parameters()) == num_trained
+    num_optimized = sum(p.numel() for p in student.optimizer.get_parameters())
+    optimized, trained = (sum(gather_json(n, device=CPU)) for n in (num_optimized, num_trained))
+    assert trained == optimized * (
+        student.groups.layout.dp_size if config.optim.use_distributed_optimizer else 1
+    )
     place = student.shapes, student.groups, student.dtype
     export_weights(student.model, folder / "merged.safetensors", *place)
     export_adapters(student.model, folder / "peft.safetensors", *place)
