@@ -68,7 +68,7 @@ def softmax_sums(
     if FORWARD:
         tl.store(out_ptr + 4, tl.sum(forward, 0))
     if REVERSE:
-        tl.store(out_ptr + 4 + FORWARD, tl.sum(reverse, 0))
+        tl.store(out_ptr + (4 + FORWARD), tl.sum(reverse, 0))
 
 
 @triton.jit

@@ -58,10 +58,10 @@ class TritonKernels:
             out_TV,
             *_layout(student_TV, teacher_TV, out_TV),
             *_inverse(temperatures),
-            kl.forward,
-            kl.reverse,
-            FORWARD=kl.forward != 0,
-            REVERSE=kl.reverse != 0,
+            float(kl.forward),
+            float(kl.reverse),
+            FORWARD=int(kl.forward != 0),
+            REVERSE=int(kl.reverse != 0),
             **_compilation(),
         )
 
@@ -242,7 +242,9 @@ class TritonWherePossible:
 
 def _formula(divergence: Divergence) -> tuple[str | None, float]:
     """Name and parameter, or ``None`` and 0."""
-    return (divergence.formula, divergence.weight) if isinstance(divergence, Separable) else (None, 0.0)
+    return (
+        (divergence.formula, float(divergence.weight)) if isinstance(divergence, Separable) else (None, 0.0)
+    )
 
 
 def _require_triton(logits_TV: Tensor) -> None:
@@ -281,8 +283,8 @@ def _softmax_sums(
             packed_TK,
             *_layout(student_TV, teacher_TV),
             *_inverse(temperatures),
-            FORWARD=forward,
-            REVERSE=reverse,
+            FORWARD=int(forward),
+            REVERSE=int(reverse),
             **_compilation(),
         )
     return packed_TK
