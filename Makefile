@@ -5,13 +5,14 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test unit distributed e2e lint types format check docs
+.PHONY: help install quickstart test unit distributed e2e gpu lint types format check docs
 
 help:
 	@echo "make install      .venv with everything that tests and quickstart need"
 	@echo "make quickstart   distil a real language model on this machine"
 	@echo "make test         lint, types, unit, distributed and e2e tests"
 	@echo "make unit | distributed | e2e | lint | types    one part of it"
+	@echo "make gpu          tests that need a CUDA device, on a machine that has one"
 	@echo "make check        lint, types and unit tests: before every push"
 	@echo "make format       format the code and repair what ruff can"
 	@echo "make docs         rewrite the files generated from the configuration schema"
@@ -39,6 +40,10 @@ distributed: .venv/.installed
 
 e2e: .venv/.installed
 	$(PYTEST) tests/e2e
+
+# Elsewhere every one of them is skipped.
+gpu: .venv/.installed
+	$(PYTEST) tests/gpu -rs
 
 lint: .venv/.installed
 	$(BIN)/ruff check

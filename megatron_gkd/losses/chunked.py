@@ -9,7 +9,7 @@ Shapes: T = tokens, C = tokens of one chunk, V = vocabulary entries held by this
 token that the gradient needs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,9 @@ from torch.autograd.function import once_differentiable
 from megatron_gkd.losses.combine import Sum
 from megatron_gkd.losses.comparison import Joined, joined_rows
 from megatron_gkd.losses.softmax import accumulation_dtype, row_slices
+
+HeadGradient = Callable[[Tensor, Tensor], Tensor | None]
+"""(gradient of the head [V, H], factor) takes factor * gradient; returns what autograd gets instead of it."""
 
 
 class Layer(NamedTuple):
@@ -91,8 +94,16 @@ class WeightedLoss(NamedTuple):
     details_TP: Tensor
 
 
-def solve_weighted(student: Layer, problem: Problem, token_weight_T: Tensor) -> WeightedLoss:
+def solve_weighted(
+    student: Layer, problem: Problem, token_weight_T: Tensor, take_head_gradient: HeadGradient | None = None
+) -> WeightedLoss:
     """The weighted sum, whose gradients are made in the forward pass.
+
+    Args:
+        student: Its layer.
+        problem: The loss.
+        token_weight_T: [T] weight of each token.
+        take_head_gradient: Called in the backward pass instead of handing the head's gradient to autograd.
 
     Raises:
         ValueError: If ``token_weight_T`` is not [T].
@@ -105,7 +116,7 @@ def solve_weighted(student: Layer, problem: Problem, token_weight_T: Tensor) -> 
     weight_T = token_weight_T.detach().to(accumulation_dtype(student.hidden_TH.dtype))
     inputs = student.hidden_TH, student.head_VH, student.bias_V
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return WeightedLoss(*_WeightedSum.apply(*inputs, problem, weight_T))
+        return WeightedLoss(*_WeightedSum.apply(*inputs, problem, weight_T, take_head_gradient))
     return WeightedLoss(*_evaluate(student, problem, weight_T))
 
 
@@ -125,6 +136,7 @@ class _WeightedSum(torch.autograd.Function):
         bias_V: Tensor | None,
         problem: Problem,
         weight_T: Tensor,
+        take_head_gradient: HeadGradient | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Each chunk's logits become their own gradient, which two products turn into those of the inputs."""
         student = Layer(student_TH, head_VH, bias_V)
@@ -137,17 +149,23 @@ class _WeightedSum(torch.autograd.Function):
         ctx.save_for_backward(*gradients.tensors)
         ctx.mark_non_differentiable(loss_T, details_TP)
         ctx.dtypes = [student_TH.dtype, head_VH.dtype, None if bias_V is None else bias_V.dtype]
+        ctx.take_head_gradient = take_head_gradient
         return (loss_T * weight_T).sum(), loss_T, details_TP
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """One number for all tokens."""
-        grads = (
-            None if grad is None else (grad * upstream.to(grad.dtype)).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (*grads, None, None)
+
+        def scaled(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            return None if grad is None else (grad * upstream.to(grad.dtype)).to(dtype)
+
+        (hidden_TH, head_VH, bias_V), (hidden_dtype, head_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        if head_VH is not None and ctx.take_head_gradient is not None:
+            for_head_VH = ctx.take_head_gradient(head_VH, upstream.to(head_VH.dtype))
+        else:
+            for_head_VH = scaled(head_VH, head_dtype)
+        return scaled(hidden_TH, hidden_dtype), for_head_VH, scaled(bias_V, bias_dtype), None, None, None
 
 
 class _PerToken(torch.autograd.Function):

@@ -39,10 +39,17 @@ class Divergence(Protocol):
 
 @dataclass(frozen=True)
 class Separable:
-    """Any divergence: ``entries`` is (log_p, log_q) -> (value, r)."""
+    """Any divergence: ``entries`` is (log_p, log_q) -> (value, r).
+
+    Attributes:
+        formula: Name of the formula of ``entries`` for a back end that has kernels of its own, with ``weight`` as its
+            parameter; without one every back end calls ``entries``.
+    """
 
     entries: EntryFunction
     offset: float = 0.0
+    formula: str | None = None
+    weight: float = 0.0
 
     def __call__(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """Value and r of every entry."""
@@ -109,7 +116,7 @@ def jsd(beta: float) -> Divergence:
         student = times(exp(log_q), log_q_over_m).mul_(1 - beta)
         return times(exp(log_p), log_p_over_m).mul_(beta).add_(student), student
 
-    return Separable(divergence)
+    return Separable(divergence, formula="jsd", weight=beta)
 
 
 def skew_forward_kl(alpha: float) -> Divergence:
@@ -125,7 +132,7 @@ def skew_forward_kl(alpha: float) -> Divergence:
         r = times(exp(log_q), log_p_over_m.expm1()).mul_(alpha - 1)
         return _kl_terms(log_p, log_q, log_p_over_m, share_b=1 - alpha), r
 
-    return Separable(divergence, offset=1 - alpha)
+    return Separable(divergence, offset=1 - alpha, formula="skew_forward_kl", weight=alpha)
 
 
 def skew_reverse_kl(alpha: float) -> Divergence:
@@ -141,7 +148,7 @@ def skew_reverse_kl(alpha: float) -> Divergence:
         r = times(exp(log_q), log_q_over_m - alpha * log_q_over_m.expm1())
         return _kl_terms(log_q, log_p, log_q_over_m, share_b=1 - alpha), r
 
-    return Separable(divergence, offset=alpha - 1)
+    return Separable(divergence, offset=alpha - 1, formula="skew_reverse_kl", weight=alpha)
 
 
 def mixed_kl(weight: float) -> Divergence:
@@ -168,7 +175,7 @@ def tvd() -> Divergence:
         sign = torch.sign(log_q - log_p).nan_to_num_(nan=0.0)  # both excluded: q = 0
         return (q - exp(log_p)).abs_().mul_(0.5), q.mul_(sign).mul_(0.5)
 
-    return Separable(divergence)
+    return Separable(divergence, formula="tvd")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,14 @@ from typing import Unpack
 
 from torch import Tensor
 
-from megatron_gkd.losses.chunked import Layer, Problem, WeightedLoss, solve_per_token, solve_weighted
+from megatron_gkd.losses.chunked import (
+    HeadGradient,
+    Layer,
+    Problem,
+    WeightedLoss,
+    solve_per_token,
+    solve_weighted,
+)
 from megatron_gkd.losses.combine import Sum
 from megatron_gkd.losses.comparison import Joined
 from megatron_gkd.losses.goals import Goal, check_shapes, entry_goal, label_goal, logit_goal
@@ -173,14 +180,17 @@ def weighted_loss(
     group: Group,
     valid_vocab_size: int | None,
     tokens_per_chunk: int,
+    take_head_gradient: HeadGradient | None = None,
 ) -> tuple[WeightedLoss, tuple[str, ...]]:
     """The weighted sum over tokens of any goals together, and the names of its details.
 
-    The training path: one product with the student's head for each chunk, gradients made in the forward.
+    The training path: one product with the student's head for each chunk, gradients made in the forward. See
+    ``chunked.solve_weighted`` for ``take_head_gradient``.
     """
     group = split_over(group)
     problem = _make_problem(student, goals, group, valid_vocab_size, tokens_per_chunk)
-    return solve_weighted(student, problem, token_weight_T), problem.comparison.detail_names
+    result = solve_weighted(student, problem, token_weight_T, take_head_gradient)
+    return result, problem.comparison.detail_names
 
 
 def _make_problem(

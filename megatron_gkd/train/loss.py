@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.loss import LossConfig
 from megatron_gkd.losses.certificate import Case, CertificateError, certify
-from megatron_gkd.losses.chunked import Layer, WeightedLoss
+from megatron_gkd.losses.chunked import HeadGradient, Layer, WeightedLoss
 from megatron_gkd.losses.goals import Goal, entry_goal, label_goal, logit_goal
 from megatron_gkd.losses.linear import weighted_loss
 from megatron_gkd.losses.objective import Objective
@@ -99,6 +99,7 @@ def compute_loss(
     *,
     group: Group,
     valid_vocab_size: int,
+    take_head_gradient: HeadGradient | None = None,
 ) -> tuple[WeightedLoss, tuple[str, ...]]:
     """The loss of every row and their sum with its gradients, and the names of its details.
 
@@ -111,6 +112,7 @@ def compute_loss(
         config: The loss section.
         group: The student's tensor-parallel group.
         valid_vocab_size: Real entries of the vocabulary.
+        take_head_gradient: Takes the gradient of the output layer in the backward pass, instead of autograd.
     """
     goals = []
     if signal is not None:
@@ -124,6 +126,7 @@ def compute_loss(
         group=group,
         valid_vocab_size=valid_vocab_size,
         tokens_per_chunk=config.tokens_per_chunk,
+        take_head_gradient=take_head_gradient,
     )
 
 

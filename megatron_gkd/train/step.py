@@ -19,6 +19,7 @@ from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.losses.chunked import Layer
 from megatron_gkd.models.gpt import head_weight, select_rows
 from megatron_gkd.models.pipeline import evaluate_schedule, train_schedule
+from megatron_gkd.optim.main_grad import main_grad_adder
 from megatron_gkd.optim.optimizer import has_finite_gradients, zero_gradients
 from megatron_gkd.parallel.collectives import any_rank, reduce_values
 from megatron_gkd.teacher.signal import Signal
@@ -141,14 +142,16 @@ def _distill(
     )
     labels_T = micro_batch.tokens_BS.to(hidden_BSH.device).roll(-1, dims=1)[mask_BS]
     # a micro-batch without rows goes through the same graph, so that collectives match on all ranks
+    head_VH = head_weight(student.model)
     result, names = compute_loss(
-        Layer(rows_TH, head_weight(student.model)),
+        Layer(rows_TH, head_VH),
         micro_batch.signal,
         teacher_head_VH,
         labels_T,
         config,
         group=student.groups.pg.tp,
         valid_vocab_size=student.shapes.vocab_size,
+        take_head_gradient=main_grad_adder(head_VH),
     )
     loss_T = result.loss_T
     is_on_policy_T = micro_batch.is_on_policy_T.to(loss_T.device)

@@ -1,0 +1,277 @@
+"""Triton kernels of the passes over logits; importing this module imports triton.
+
+A program of a statistics kernel goes over one row in tiles with running maxima: whatever was summed so far is rescaled
+when a tile raises a maximum. A program of a gradient kernel has one tile of one row. Each entry of either model is read
+once by each kernel, whatever its format, and all arithmetic is float32.
+
+Exactly 0 for equal models holds because both models go through the same operations, each rounded by itself: the
+launches switch the fusion of multiplications and additions off, and where it is wanted ``tl.fma`` says so.
+
+Shapes: T = tokens, V = real vocabulary entries held by this rank, K = numbers per token.
+"""
+
+import triton
+import triton.language as tl
+
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def softmax_sums(
+    x_ptr,
+    y_ptr,
+    out_ptr,
+    num_columns,
+    x_stride,
+    y_stride,
+    inverse_tau_x,
+    inverse_tau_y,
+    FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Max and sum of exp of x, the same of y, and the cross sums of the directions asked for: [T, 4 + directions]."""
+    row = tl.program_id(0).to(tl.int64)
+    max_x = tl.full((), _LOWEST, tl.float32)
+    max_y = tl.full((), _LOWEST, tl.float32)
+    sum_x = tl.zeros((TILE,), tl.float32)
+    sum_y = tl.zeros((TILE,), tl.float32)
+    forward = tl.zeros((TILE,), tl.float32)
+    reverse = tl.zeros((TILE,), tl.float32)
+    for start in range(0, num_columns, TILE):
+        columns = start + tl.arange(0, TILE)
+        x = _read(x_ptr + row * x_stride, columns, num_columns)
+        y = _read(y_ptr + row * y_stride, columns, num_columns)
+        new_max_x = tl.maximum(max_x, tl.max(x, 0))
+        new_max_y = tl.maximum(max_y, tl.max(y, 0))
+        far_x = (max_x - new_max_x) * inverse_tau_x
+        far_y = (max_y - new_max_y) * inverse_tau_y
+        scale_x = tl.exp(far_x)
+        scale_y = tl.exp(far_y)
+        x = (x - new_max_x) * inverse_tau_x
+        y = (y - new_max_y) * inverse_tau_y
+        q = tl.exp(x)
+        p = tl.exp(y)
+        if FORWARD:
+            forward = _times(scale_y, forward + _times(sum_y, far_y - far_x)) + _times(p, y - x)
+        if REVERSE:
+            reverse = _times(scale_x, reverse + _times(sum_x, far_x - far_y)) + _times(q, x - y)
+        sum_x = sum_x * scale_x + q
+        sum_y = sum_y * scale_y + p
+        max_x = new_max_x
+        max_y = new_max_y
+    out_ptr += row * (4 + FORWARD + REVERSE)
+    tl.store(out_ptr, max_x)
+    tl.store(out_ptr + 1, tl.sum(sum_x, 0))
+    tl.store(out_ptr + 2, max_y)
+    tl.store(out_ptr + 3, tl.sum(sum_y, 0))
+    if FORWARD:
+        tl.store(out_ptr + 4, tl.sum(forward, 0))
+    if REVERSE:
+        tl.store(out_ptr + (4 + FORWARD), tl.sum(reverse, 0))
+
+
+@triton.jit
+def kl_gradient(
+    x_ptr,
+    y_ptr,
+    stats_ptr,
+    upstream_ptr,
+    out_ptr,
+    num_columns,
+    x_stride,
+    y_stride,
+    out_stride,
+    inverse_tau_x,
+    inverse_tau_y,
+    forward_weight,
+    reverse_weight,
+    FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Upstream (forward (q - p) + reverse q (log q - log p - KL(q || p))) / temperature of one tile of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    stats_ptr += row * 5
+    max_x = tl.load(stats_ptr)
+    sum_x = tl.load(stats_ptr + 1)
+    max_y = tl.load(stats_ptr + 2)
+    sum_y = tl.load(stats_ptr + 3)
+    upstream = tl.load(upstream_ptr + row) * inverse_tau_x
+    upstream += 0.0 * (
+        tl.log(sum_x) + tl.log(sum_y)
+    )  # NaN if one of them is no positive number: _times drops NaN
+    x = (_read(x_ptr + row * x_stride, columns, num_columns) - max_x) * inverse_tau_x
+    y = (_read(y_ptr + row * y_stride, columns, num_columns) - max_y) * inverse_tau_y
+    q = tl.exp(x)
+    grad = tl.zeros((TILE,), tl.float32)
+    if REVERSE:
+        shift = tl.log(sum_y) - tl.log(sum_x) - tl.load(stats_ptr + 4)
+        grad += _times(q, x - y + shift) * (reverse_weight * upstream / sum_x)
+    if FORWARD:
+        scale = forward_weight * upstream
+        grad += q * (scale / sum_x) - tl.exp(y) * (scale / sum_y)
+    _write(out_ptr + row * out_stride, columns, num_columns, grad)
+
+
+@triton.jit
+def term_sums(
+    x_ptr,
+    y_ptr,
+    norms_ptr,
+    out_ptr,
+    num_columns,
+    x_stride,
+    y_stride,
+    inverse_tau_x,
+    inverse_tau_y,
+    weight,
+    FORMULA: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """[T, 2] sums of a divergence's values and of its r."""
+    row = tl.program_id(0).to(tl.int64)
+    norms_ptr += row * 4
+    max_x = tl.load(norms_ptr)
+    log_sum_x = tl.log(tl.load(norms_ptr + 1))
+    max_y = tl.load(norms_ptr + 2)
+    log_sum_y = tl.log(tl.load(norms_ptr + 3))
+    value_sum = tl.zeros((TILE,), tl.float32)
+    r_sum = tl.zeros((TILE,), tl.float32)
+    for start in range(0, num_columns, TILE):
+        columns = start + tl.arange(0, TILE)
+        x = _read(x_ptr + row * x_stride, columns, num_columns)
+        y = _read(y_ptr + row * y_stride, columns, num_columns)
+        log_q = (x - max_x) * inverse_tau_x - log_sum_x
+        log_p = (y - max_y) * inverse_tau_y - log_sum_y
+        value, r = _entries(log_p, log_q, tl.exp(log_p), tl.exp(log_q), weight, FORMULA)
+        value_sum += value
+        r_sum += r
+    tl.store(out_ptr + row * 2, tl.sum(value_sum, 0))
+    tl.store(out_ptr + row * 2 + 1, tl.sum(r_sum, 0))
+
+
+@triton.jit
+def term_gradient(
+    x_ptr,
+    y_ptr,
+    stats_ptr,
+    upstream_ptr,
+    out_ptr,
+    num_columns,
+    x_stride,
+    y_stride,
+    out_stride,
+    inverse_tau_x,
+    inverse_tau_y,
+    weight,
+    FORMULA: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Upstream (r - q E) / temperature of one tile of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    stats_ptr += row * 5
+    max_x = tl.load(stats_ptr)
+    log_sum_x = tl.log(tl.load(stats_ptr + 1))
+    max_y = tl.load(stats_ptr + 2)
+    log_sum_y = tl.log(tl.load(stats_ptr + 3))
+    r_sum = tl.load(stats_ptr + 4)
+    upstream = tl.load(upstream_ptr + row) * inverse_tau_x
+    x = _read(x_ptr + row * x_stride, columns, num_columns)
+    y = _read(y_ptr + row * y_stride, columns, num_columns)
+    log_q = (x - max_x) * inverse_tau_x - log_sum_x
+    log_p = (y - max_y) * inverse_tau_y - log_sum_y
+    q = tl.exp(log_q)
+    _, r = _entries(log_p, log_q, tl.exp(log_p), q, weight, FORMULA)
+    _write(out_ptr + row * out_stride, columns, num_columns, (r - q * r_sum) * upstream)
+
+
+@triton.jit
+def _entries(log_p, log_q, p, q, weight, FORMULA: tl.constexpr):
+    """(value, r) of every entry, as ``losses.divergences`` has them; both 0 beyond the last column, where p = q = 0."""
+    if FORMULA == "tvd":
+        sign = tl.where(log_q > log_p, 1.0, 0.0) - tl.where(log_q < log_p, 1.0, 0.0)
+        value = 0.5 * tl.abs(q - p)
+        r = 0.5 * (q * sign)
+    elif FORMULA == "jsd":
+        log_p_over_m, log_q_over_m = _log_ratios_to_mixture(log_p, log_q, weight)
+        r = _times((1.0 - weight) * q, log_q_over_m)
+        # a sum of two products instead makes LLVM crash in Triton 3.9 for sm_90
+        value = tl.fma(weight * p, tl.where(p == 0.0, 0.0, log_p_over_m), r)
+    elif FORMULA == "skew_forward_kl":
+        log_p_over_m, _ = _log_ratios_to_mixture(log_p, log_q, weight)
+        r = (weight - 1.0) * _times(q, _expm1(log_p_over_m))
+        value = _kl_terms(log_p, log_q, p, q, log_p_over_m, 1.0 - weight)
+    else:
+        tl.static_assert(FORMULA == "skew_reverse_kl")
+        _, log_q_over_m = _log_ratios_to_mixture(log_p, log_q, 1.0 - weight)
+        r = _times(q, log_q_over_m - weight * _expm1(log_q_over_m))
+        value = _kl_terms(log_q, log_p, q, p, log_q_over_m, 1.0 - weight)
+    return value, r
+
+
+@triton.jit
+def _kl_terms(log_a, log_b, a, b, log_a_over_m, share_b):
+    """Entries a log(a / m) - a + m; where a is near b added before a multiplies them, see ``losses.divergences``."""
+    log_b_over_a = log_b - log_a
+    near = a * (log_a_over_m + share_b * _expm1(log_b_over_a))
+    far = _times(a, log_a_over_m) + share_b * (b - a)
+    return tl.where(tl.abs(log_b_over_a) < 1.0, near, far)
+
+
+@triton.jit
+def _log_ratios_to_mixture(log_p, log_q, weight_p):
+    """(log p/m, log q/m) for m = weight_p p + (1 - weight_p) q; both exactly 0 where p = q."""
+    d = log_p - log_q
+    weight_of_smaller = tl.where(d < 0.0, weight_p, 1.0 - weight_p)
+    log_max_over_m = -_log1p(weight_of_smaller * _expm1(-tl.abs(d)))
+    return log_max_over_m + tl.minimum(d, 0.0), log_max_over_m - tl.maximum(d, 0.0)
+
+
+@triton.jit
+def _expm1(u):
+    """e^u - 1; Taylor's series where the difference would cancel, |u| <= 1/2, to a relative 1e-8."""
+    series = tl.fma(u, 1.0 / 40320, 1.0 / 5040)
+    series = tl.fma(u, series, 1.0 / 720)
+    series = tl.fma(u, series, 1.0 / 120)
+    series = tl.fma(u, series, 1.0 / 24)
+    series = tl.fma(u, series, 1.0 / 6)
+    series = tl.fma(u, series, 0.5)
+    series = tl.fma(u * u, series, u)
+    return tl.where(tl.abs(u) <= 0.5, series, tl.exp(u) - 1.0)
+
+
+@triton.jit
+def _log1p(u):
+    """log(1 + u) for -1 < u <= 0; 2 atanh(u / (2 + u)) by its series where 1 + u would round, |u| <= 1/2, to 2e-9."""
+    s = u / (2.0 + u)
+    square = s * s
+    series = tl.fma(square, 1.0 / 17, 1.0 / 15)
+    series = tl.fma(square, series, 1.0 / 13)
+    series = tl.fma(square, series, 1.0 / 11)
+    series = tl.fma(square, series, 1.0 / 9)
+    series = tl.fma(square, series, 1.0 / 7)
+    series = tl.fma(square, series, 0.2)
+    series = tl.fma(square, series, 1.0 / 3)
+    series = tl.fma(s * square, series, s)
+    return tl.where(u >= -0.5, 2.0 * series, tl.log(1.0 + u))
+
+
+@triton.jit
+def _times(probability, factor):
+    """Product with 0 log 0 = 0; as ``elementwise.times`` it drops every NaN, which the normalizers bring back."""
+    product = probability * factor
+    return tl.where(product == product, product, 0.0)
+
+
+@triton.jit
+def _read(row_ptr, columns, num_columns):
+    """A tile in float32; -inf beyond the last column."""
+    return tl.load(row_ptr + columns, mask=columns < num_columns, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _write(row_ptr, columns, num_columns, value):
+    tl.store(row_ptr + columns, value.to(row_ptr.dtype.element_ty), mask=columns < num_columns)

@@ -1,0 +1,1 @@
+"""Tests that need a CUDA device; ``make gpu`` runs them, nothing else collects them."""
