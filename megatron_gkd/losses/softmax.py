@@ -104,10 +104,9 @@ def row_pieces(logits_TV: Tensor) -> Iterator[slice]:
 
 
 def row_blocks(logits_TV: Tensor, group: Group) -> Iterator[slice]:
-    """Slices of rows that share their collectives: all rows, or pieces where nothing is communicated."""
-    return (
-        row_pieces(logits_TV) if group is None else row_slices(logits_TV.shape[0], max(logits_TV.shape[0], 1))
-    )
+    """Slices of rows that share their collectives: all rows (also where there is none), or pieces without a group."""
+    num_rows = logits_TV.shape[0]
+    return row_pieces(logits_TV) if group is None and num_rows > 0 else iter([slice(0, num_rows)])
 
 
 def row_slices(num_rows: int, rows_per_slice: int) -> Iterator[slice]:
