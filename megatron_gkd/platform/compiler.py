@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ def can_compile() -> bool:
     """
     _choose_cache()
     try:
-        torch.compile(_line, fullgraph=True, options={"compile_threads": 1})(torch.zeros(2))
+        with _disable_current_modes():  # inside a dispatch mode nothing is compiled
+            torch.compile(_line, fullgraph=True, options={"compile_threads": 1})(torch.zeros(2))
     except (RuntimeError, OSError, ImportError) as error:
         log.warning(
             "Nothing can be compiled for this CPU, so the loss runs in the eager back end; install a C++ compiler (g++), or "

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_gkd.losses.divergences import Divergence, WeightedKL
 from megatron_gkd.losses.kernels import eager
@@ -165,7 +166,8 @@ def _run(
     first_TV = student_TV.detach() if out_TV is None else out_TV.detach()
     tensors = [tensor.detach() for tensor in others]
     is_elsewhere = out_TV is not None and out_TV.data_ptr() != student_TV.data_ptr()
-    with torch.no_grad():  # one state for all callers: what is compiled depends on it
+    # one state for all callers: what is compiled depends on gradients, and nothing is compiled inside a dispatch mode
+    with torch.no_grad(), _disable_current_modes():
         for rows in _row_passes(student_TV):
             if is_elsewhere:
                 first_TV[rows] = student_TV[rows]
