@@ -147,7 +147,7 @@ def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
     """Rows as text; ``columns`` maps keys to format specifications."""
     cells = [list(columns)]
     cells += [
-        ["-" if row.get(key) is None else format(row[key], spec) for key, spec in columns.items()]
+        ["" if row.get(key) is None else format(row[key], spec) for key, spec in columns.items()]
         for row in rows
     ]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
