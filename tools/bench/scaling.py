@@ -23,7 +23,7 @@ from harness import (
 )
 
 COMMON = (1024, 16384)  # tokens, and vocabulary of one rank
-VOCABS = (16384, 32768, 65536, 131072)
+VOCABS = (16384, 32768, 65536, 98304)
 TOKENS = (512, 1024, 2048, 4096)
 TP_SIZES = (1, 2)
 COUNTED_TP_SIZES = (2, 4)
