@@ -32,3 +32,13 @@ def times(probability: Tensor, factor: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.where(probability == 0, 0.0, probability * factor)
     return torch.nan_to_num_(probability * factor, nan=0.0, posinf=math.inf, neginf=-math.inf)
+
+
+def row_sum(x_TV: Tensor) -> Tensor:
+    """[T] sums over the last dimension, with small rounding errors also of long rows.
+
+    ``torch.sum`` adds in a tree; a compiled loop adds one by one and so needs the digits of float64.
+    """
+    if torch.compiler.is_compiling():
+        return x_TV.sum(-1, dtype=torch.float64).to(x_TV.dtype)
+    return x_TV.sum(-1)
