@@ -56,7 +56,7 @@ def trl() -> Contender:
 
     def make(tp_size: int) -> Callable[..., Outcome]:
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-        from trl.experimental.gkd.gkd_trainer import GKDTrainer
+        from trl.experimental.gkd.gkd_trainer import GKDTrainer  # pyright: ignore[reportMissingImports]
 
         group: Any = dist.group.WORLD
 
@@ -80,7 +80,7 @@ def modelopt() -> Contender:
 
     def make(tp_size: int) -> Callable[..., Outcome]:
         from megatron.core import parallel_state
-        from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+        from modelopt.torch.distill.plugins.megatron import LogitsKLLoss  # pyright: ignore[reportMissingImports]
 
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(tp_size)
@@ -127,7 +127,7 @@ def liger() -> Contender:
     """Liger-Kernel's chunked JSD with its defaults; it knows no tensor parallelism."""
 
     def make(tp_size: int) -> Callable[..., Outcome]:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
 
         loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
 

@@ -112,7 +112,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     current = peak = 0
     for event in events:
         if event.name() == "[memory]":
-            current += event.nbytes()
+            current += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
             peak = max(peak, current)
     return peak
 

@@ -217,7 +217,7 @@ def _sent(run: Callable[..., Any], inputs: Sequence[Tensor]) -> int:
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """CPU time and peak memory of every row, as bars."""
     try:
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
     except ImportError:
         sys.stderr.write("no plot: matplotlib is not installed\n")
         return

@@ -137,7 +137,7 @@ def _make_inputs(tokens: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """Time over the number of logits."""
     try:
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
     except ImportError:
         sys.stderr.write("no plot: matplotlib is not installed\n")
         return
