@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test unit distributed e2e gpu lint types format check docs
+.PHONY: help install quickstart test unit distributed e2e gpu bench lint types format check docs
 
 help:
 	@echo "make install      .venv with everything that tests and quickstart need"
@@ -15,6 +15,7 @@ help:
 	@echo "make gpu          tests that need a CUDA device, on a machine that has one"
 	@echo "make check        lint, types and unit tests: before every push"
 	@echo "make format       format the code and repair what ruff can"
+	@echo "make bench        time and memory of the losses beside other systems'"
 	@echo "make docs         rewrite the files generated from the configuration schema"
 
 install: .venv/.installed
@@ -59,3 +60,16 @@ format: .venv/.installed
 
 docs: .venv/.installed
 	$(BIN)/python -m megatron_gkd.config.document
+
+# Other systems beside the locked environment, which stays as it is.
+.venv-bench/.installed: .venv/.installed requirements/bench.txt
+	test -x .venv-bench/bin/python || $(BIN)/python -m venv .venv-bench
+	echo "$(CURDIR)" > .venv-bench/lib/python3.11/site-packages/locked.pth
+	echo "$(CURDIR)/.venv/lib/python3.11/site-packages" >> .venv-bench/lib/python3.11/site-packages/locked.pth
+	.venv-bench/bin/pip install --no-deps -r requirements/bench.txt
+	touch $@
+
+bench: .venv-bench/.installed
+	mkdir -p runs/bench
+	OMP_NUM_THREADS=1 .venv-bench/bin/python tools/bench/loss.py --json runs/bench/loss.json --plot runs/bench/loss.png
+	OMP_NUM_THREADS=1 .venv-bench/bin/python tools/bench/scaling.py --json runs/bench/scaling.json

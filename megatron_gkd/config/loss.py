@@ -18,6 +18,9 @@ Divergence = Literal[
 ]
 
 
+Backend = Literal["auto", "eager", "compiled", "triton"]
+
+
 class LossConfig(Config):
     """Which divergence pulls the student towards the teacher, and on which entries of the vocabulary."""
 
@@ -64,6 +67,10 @@ class LossConfig(Config):
     1 goes with teacher.kind=none."""
     tokens_per_chunk: int = Field(default=256, ge=1)
     """Tokens whose logits exist at the same time; smaller saves memory."""
+    backend: Backend = "auto"
+    """What computes the passes over the logits with support=full: eager, plain torch; compiled, the same fused by
+    torch.compile, faster on a CPU with a C++ compiler, but compiling takes some 30 s once; triton, kernels for a GPU. auto:
+    what suits the device and the length of the run, logged with the reason."""
     certify: bool = True
     """Compare value and gradients of this loss with float64 on a small problem before training, and refuse to train if
     they are wrong."""

@@ -43,6 +43,7 @@ FREE = (
     "rollout.num_threads",
     "rollout.on_engine_failure",
     "loss.tokens_per_chunk",
+    "loss.backend",
     "optim.overlap_grad_reduce",
     "data.max_bad_rows",
     "train.train_iters",

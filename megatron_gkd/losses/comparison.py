@@ -94,7 +94,7 @@ class Comparison(ABC):
         return communicate(self.rounds(student_TV, target), self.group)
 
     def differentiate_(self, student_TV: Tensor, target: Any, upstream_T: Tensor, /) -> tuple[Tensor, Tensor]:
-        """As ``measure``; ``student_TV`` is overwritten with its gradient, a teacher's with scratch: float32 or 64."""
+        """As ``measure``; ``student_TV`` is overwritten with its gradient, in its dtype, a teacher's with scratch."""
         parts = []
         for block in row_blocks(student_TV, self.group):
             x_TV, y, block_upstream_T = student_TV[block], rows_of(target, block), upstream_T[block]

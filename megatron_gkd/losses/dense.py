@@ -17,7 +17,7 @@ from megatron_gkd.losses.divergences import Divergence, WeightedKL
 from megatron_gkd.losses.elementwise import times
 from megatron_gkd.losses.kernels import DenseKernels
 from megatron_gkd.losses.kernels.eager import EAGER, poison
-from megatron_gkd.losses.softmax import SoftmaxStats, Temperatures, row_blocks
+from megatron_gkd.losses.softmax import SoftmaxStats, Temperatures, accumulation_dtype, row_blocks
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,12 @@ class TwoRounds(Comparison):
     def differentiate_(
         self, student_TV: Tensor, teacher_TV: Tensor, upstream_T: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See ``Comparison``; what the second round computes may wait for its result in the storage of the logits."""
+        """See ``Comparison``; what the second round computes may wait for its result in the storage of the logits.
+
+        Not in storage of half precision, which would round it: there the gradient's pass computes it again.
+        """
+        if any(z_TV.dtype != accumulation_dtype(student_TV.dtype) for z_TV in (student_TV, teacher_TV)):
+            return super().differentiate_(student_TV, teacher_TV, upstream_T)
         parts = []
         for block in row_blocks(student_TV, self.group):
             x_TV, y_TV = student_TV[block], teacher_TV[block]

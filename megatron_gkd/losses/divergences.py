@@ -10,10 +10,12 @@ functions here use it to make every value of a KL at least 0 and the gradient of
 
 To add one: write such a function (an entry of probability 0 contributes 0, see ``times``) and name it in
 ``DIVERGENCES``. A weighted sum of the two KL directions is a ``WeightedKL``, which needs one collective instead of two.
+Equal parameters give the same object (``cache``), because back ends keep what they compiled for it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -97,6 +99,7 @@ def reverse_kl() -> Divergence:
     return WeightedKL(forward=0.0, reverse=1.0)
 
 
+@cache
 def jsd(beta: float) -> Divergence:
     """Generalized Jensen-Shannon divergence of GKD (arXiv 2306.13649).
 
@@ -119,6 +122,7 @@ def jsd(beta: float) -> Divergence:
     return Separable(divergence, formula="jsd", weight=beta)
 
 
+@cache
 def skew_forward_kl(alpha: float) -> Divergence:
     """KL(p || m), m = alpha p + (1 - alpha) q (DistiLLM, arXiv 2402.03898); bounded by -log alpha; alpha = 0: forward KL.
 
@@ -135,6 +139,7 @@ def skew_forward_kl(alpha: float) -> Divergence:
     return Separable(divergence, offset=1 - alpha, formula="skew_forward_kl", weight=alpha)
 
 
+@cache
 def skew_reverse_kl(alpha: float) -> Divergence:
     """KL(q || m), m = (1 - alpha) p + alpha q; finite where the teacher excludes an entry; alpha = 0: reverse KL.
 
@@ -164,6 +169,7 @@ def mixed_kl(weight: float) -> Divergence:
     return WeightedKL(forward=weight, reverse=1 - weight)
 
 
+@cache
 def tvd() -> Divergence:
     """Total variation 1/2 sum |p - q|, in [0, 1]: every entry pulls with its q alone, outliers do not dominate.
 

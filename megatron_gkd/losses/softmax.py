@@ -17,6 +17,8 @@ _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else 
 
 _ELEMENTS_PER_PIECE = 1 << 18
 """Entries of one elementwise pass on CPU: a float32 temporary of 1 MiB stays in the second-level cache."""
+_MIN_ROWS_PER_BLOCK = 8
+"""A fused pass is not made for single rows."""
 
 
 class Temperatures(NamedTuple):
@@ -104,10 +106,12 @@ def row_pieces(logits_TV: Tensor) -> Iterator[slice]:
 
 
 def row_blocks(logits_TV: Tensor, group: Group) -> Iterator[slice]:
-    """Slices of rows that share their collectives: all rows, or pieces where nothing is communicated."""
-    return (
-        row_pieces(logits_TV) if group is None else row_slices(logits_TV.shape[0], max(logits_TV.shape[0], 1))
-    )
+    """Slices of rows that go through all passes of a loss together: all rows (also where there is none) if they share
+    collectives, else as many as stay in the last-level cache of a CPU."""
+    num_rows, num_columns = logits_TV.shape
+    if group is not None or num_rows == 0 or logits_TV.device.type != "cpu":
+        return iter([slice(0, num_rows)])
+    return row_slices(num_rows, max(_MIN_ROWS_PER_BLOCK, 4 * _ELEMENTS_PER_PIECE // max(num_columns, 1)))
 
 
 def row_slices(num_rows: int, rows_per_slice: int) -> Iterator[slice]:

@@ -20,7 +20,7 @@ from megatron_gkd.train.build import (
     start_world,
 )
 from megatron_gkd.train.inputs import build_tokenizer
-from megatron_gkd.train.preconditions import require_teacher
+from megatron_gkd.train.preconditions import require_loss_backend, require_teacher
 from megatron_gkd.train.step import attach_signals, train_step
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def dry_run(config: GkdConfig, platform: Platform) -> str:
         ConfigError: The teacher's server does not answer or serves something else.
     """
     tokenizer = build_tokenizer(config)
+    require_loss_backend(config, platform.device)
     require_teacher(config, tokenizer)
     join_job(platform.collective_backend)
     try:

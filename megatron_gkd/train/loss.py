@@ -56,6 +56,7 @@ def make_objective(config: LossConfig) -> Objective:
         tail=config.tail,
         estimator=config.estimator,
         policy_gradient=config.policy_gradient,
+        backend=config.backend,
     )
 
 

@@ -16,7 +16,7 @@ from megatron_gkd.train.build import start_world
 from megatron_gkd.train.engines import EngineHost
 from megatron_gkd.train.inputs import build_prompts, build_tokenizer, build_validation_prompts
 from megatron_gkd.train.loop import Trainer, build_trainer
-from megatron_gkd.train.preconditions import require_engine, require_teacher
+from megatron_gkd.train.preconditions import require_engine, require_loss_backend, require_teacher
 from megatron_gkd.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class Run:
         loader = build_prompts(self._config, tokenizer)
         validation = build_validation_prompts(self._config, tokenizer)
         self._config = self._with_iterations(loader)
+        require_loss_backend(self._config, self._platform.device)
         require_engine(self._config, is_leader=self._rank == 0)
         require_teacher(self._config, tokenizer)
         self._build(tokenizer, loader, validation)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from megatron_gkd.config import ConfigError, GkdConfig
 from megatron_gkd.config.hf_shapes import load_hf_shapes, load_served_model
 from megatron_gkd.config.rollout import SglangRolloutConfig
@@ -77,6 +79,18 @@ def require_teacher(config: GkdConfig, tokenizer: Tokenizer) -> None:
         ) from error
     if (Path(folder) / "tokenizer_config.json").is_file():
         require_same_vocabulary(tokenizer, load_tokenizer(folder))
+
+
+def require_loss_backend(config: GkdConfig, device: torch.device) -> None:
+    """Refuse a loss that this device cannot compute.
+
+    Raises:
+        ConfigError: Names the key.
+    """
+    if config.loss.backend == "triton" and device.type == "cpu":
+        raise ConfigError(
+            "loss.backend=triton needs a GPU, and no CUDA device is visible; set loss.backend=auto"
+        )
 
 
 def _package_problems() -> Iterator[str]:

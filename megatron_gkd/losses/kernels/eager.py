@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.losses.divergences import Divergence, WeightedKL
-from megatron_gkd.losses.elementwise import exp_, times
+from megatron_gkd.losses.elementwise import exp_, row_sum, times
 from megatron_gkd.losses.softmax import (
     Temperatures,
     accumulation_dtype,
@@ -130,11 +130,11 @@ def kl_sums(student_TV: Tensor, teacher_TV: Tensor, kl: WeightedKL, temperatures
     y_TV = shifted(teacher_TV, max_y_T.unsqueeze(-1), temperatures.teacher)
     log_ratio_TV = y_TV - x_TV
     q_TV, p_TV = exp_(x_TV), exp_(y_TV)
-    numbers = [max_x_T, q_TV.sum(-1), max_y_T, p_TV.sum(-1)]
+    numbers = [max_x_T, row_sum(q_TV), max_y_T, row_sum(p_TV)]
     if kl.forward:
-        numbers.append(times(p_TV, log_ratio_TV).sum(-1))
+        numbers.append(row_sum(times(p_TV, log_ratio_TV)))
     if kl.reverse:
-        numbers.append(times(q_TV, log_ratio_TV).sum(-1).neg_())
+        numbers.append(row_sum(times(q_TV, log_ratio_TV)).neg_())
     return torch.stack(numbers, -1)
 
 
@@ -171,7 +171,7 @@ def normalizers(student_TV: Tensor, teacher_TV: Tensor, temperatures: Temperatur
     numbers = []
     pair = student_TV, teacher_TV
     for logits_TV, max_T, tau in zip(pair, _local_maxima(*pair), temperatures, strict=True):
-        numbers += [max_T, exp_(shifted(logits_TV, max_T.unsqueeze(-1), tau)).sum(-1)]
+        numbers += [max_T, row_sum(exp_(shifted(logits_TV, max_T.unsqueeze(-1), tau)))]
     return torch.stack(numbers, -1)
 
 
@@ -185,7 +185,7 @@ def terms(
     """(sums of value and r [T, 2], r [T, V], q [T, V]) of one piece."""
     log_q_TV, log_p_TV = log_softmax_pair(student_TV, teacher_TV, norms_T4, temperatures)
     value_TV, r_TV = divergence(log_p_TV, log_q_TV)
-    return torch.stack([value_TV.sum(-1), r_TV.sum(-1)], -1), r_TV, exp_(log_q_TV)
+    return torch.stack([row_sum(value_TV), row_sum(r_TV)], -1), r_TV, exp_(log_q_TV)
 
 
 def assemble_(

@@ -1,0 +1,59 @@
+"""Which back end computes the loss of a run, where the configuration leaves it open."""
+
+import logging
+from typing import NamedTuple
+
+import torch
+
+from megatron_gkd.config import GkdConfig
+
+log = logging.getLogger(__name__)
+
+_SAVED_NS = 5.0
+"""What fusing saves of the eager back end's time, for each logit of the student (seen: 4 to 6.5)."""
+_COMPILE_S = 30.0
+"""To import the compiler and to compile the passes of a loss, on two busy cores."""
+_WORTH = 3.0
+"""How many times that has to be saved, because tokens are an upper bound and the certificate compiles as well."""
+
+
+class Choice(NamedTuple):
+    """A back end, and why."""
+
+    backend: str
+    reason: str
+
+
+def with_backend(
+    config: GkdConfig, *, tp_size: int, dp_size: int, vocab_size: int, device: torch.device
+) -> GkdConfig:
+    """The configuration with a back end in place of ``loss.backend: auto``; logged with its reason."""
+    if config.loss.backend != "auto":
+        return config
+    if device.type == "cpu":
+        choice = _choose_on_cpu(config, tp_size, dp_size, vocab_size)
+    else:
+        choice = Choice("auto", "on a GPU Triton's kernels compute what they have a formula for")
+    log.info("Loss back end: %s, because %s", choice.backend, choice.reason)
+    loss = config.loss.model_copy(update={"backend": choice.backend})
+    return config.model_copy(update={"loss": loss})
+
+
+def _choose_on_cpu(config: GkdConfig, tp_size: int, dp_size: int, vocab_size: int) -> Choice:
+    loss = config.loss
+    if config.teacher.kind != "megatron" or loss.support != "full" or loss.divergence == "adaptive_kl":
+        return Choice(
+            "eager", "only divergences on the whole vocabulary have another one, and adaptive_kl has none"
+        )
+    num_tokens = (
+        (config.train.train_iters or 0)
+        * config.train.global_batch_size
+        * config.rollout.max_new_tokens
+        / dp_size
+    )
+    saved_s = num_tokens * vocab_size / tp_size * _SAVED_NS * 1e-9
+    is_worth_it = saved_s >= _WORTH * _COMPILE_S
+    return Choice(
+        "compiled" if is_worth_it else "eager",
+        f"compiling takes about {_COMPILE_S:.0f} s and saves at most {saved_s:.0f} s of this run",
+    )

@@ -1,0 +1,158 @@
+"""How time, memory and traffic of the loss grow with vocabulary, tokens and tensor-parallel size; see --help."""
+
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import ours
+from harness import (
+    Gate,
+    SentBytes,
+    finish,
+    make_parser,
+    on_ranks,
+    peak_bytes,
+    refuse_if_busy,
+    table,
+    timed,
+)
+
+COMMON = (1024, 16384)  # tokens, and vocabulary of one rank
+VOCABS = (16384, 32768, 65536, 98304)
+TOKENS = (512, 1024, 2048, 4096)
+TP_SIZES = (1, 2)
+COUNTED_TP_SIZES = (2, 4)
+COLUMNS = {
+    "divergence": "",
+    "tp": "",
+    "tokens": "",
+    "vocab_per_rank": "",
+    "cpu_ms": ".1f",
+    "peak_bytes": ".3g",
+    "bytes_per_token": ".0f",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if every gate is kept, 1 if not, 2 if nothing was measured."""
+    parser = make_parser(
+        "scaling.py", "Fit exponents of the loss's time against vocabulary and tokens; count traffic."
+    )
+    parser.add_argument("--divergence", nargs="+", default=["jsd", "forward_kl"], metavar="NAME")
+    options = parser.parse_args(argv)
+    refuse_if_busy(options.force)
+    rows: list[dict[str, Any]] = []
+    for tp_size in TP_SIZES:
+        rows += on_ranks(tp_size, measure, options.divergence, options.repeats)
+    for tp_size in COUNTED_TP_SIZES:
+        rows += on_ranks(tp_size, count_bytes, options.divergence)
+    sys.stdout.write(table(rows, COLUMNS))
+    if options.plot is not None:
+        plot(rows, options.plot)
+    return finish(rows, make_gates(rows), options.json)
+
+
+def measure(rank: int, tp_size: int, divergences: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+    """One row for each size; sizes take turns, and the fastest of a size's calls counts."""
+    sizes = sorted({(COMMON[0], vocab) for vocab in VOCABS} | {(tokens, COMMON[1]) for tokens in TOKENS})
+    rows = []
+    for divergence in divergences:
+        run = ours(divergence).make(tp_size)
+        times: dict[tuple[int, int], list[float]] = {size: [] for size in sizes}
+        for i in range(repeats + 1):
+            for size in sizes:
+                inputs = _make_inputs(*size)
+                cpu_ms = timed(partial(run, *inputs)).cpu_ms
+                if i > 0:  # the first one compiles
+                    times[size].append(cpu_ms)
+        for size, own in times.items():
+            inputs = _make_inputs(*size)
+            peak = peak_bytes(partial(run, *inputs))
+            rows.append(
+                {
+                    "divergence": divergence,
+                    "tp": tp_size,
+                    "tokens": size[0],
+                    "vocab_per_rank": size[1],
+                    "cpu_ms": min(own),
+                    "cpu_ms_median": statistics.median(own),
+                    "peak_bytes": peak,
+                }
+            )
+    return rows
+
+
+def count_bytes(rank: int, tp_size: int, divergences: Sequence[str]) -> list[dict[str, Any]]:
+    """What a rank sends for a token; the number depends on no clock and no back end."""
+    rows = []
+    for divergence in divergences:
+        run, inputs = ours(divergence, "eager").make(tp_size), _make_inputs(64, 512)
+        with SentBytes() as sent:
+            run(*inputs)
+        rows.append({"divergence": divergence, "tp": tp_size, "bytes_per_token": sent.total / 64})
+    return rows
+
+
+def make_gates(rows: Sequence[dict[str, Any]]) -> list[Gate]:
+    """The exponents, that of the worst divergence and tensor-parallel size; and how much the traffic differs."""
+    timed_rows = [row for row in rows if "cpu_ms" in row]
+    by_vocab = [_exponent(part, "vocab_per_rank") for part in _parts(timed_rows, "tokens", COMMON[0])]
+    by_tokens = [_exponent(part, "tokens") for part in _parts(timed_rows, "vocab_per_rank", COMMON[1])]
+    sent = {
+        (row["divergence"], row["tp"]): row["bytes_per_token"] for row in rows if "bytes_per_token" in row
+    }
+    few, many = COUNTED_TP_SIZES
+    growth = max(sent[name, many] / sent[name, few] for name in {name for name, _ in sent})
+    gates = []
+    for name, exponents in (("exponent_vocab", by_vocab), ("exponent_tokens", by_tokens)):
+        worst = max(exponents, key=lambda exponent: abs(exponent - 1))
+        gates += [Gate(name, worst, 1.05, "<="), Gate(name, worst, 0.95, ">=")]
+    return [*gates, Gate("bytes_growth_tp", growth, 1.0, "<=")]
+
+
+def _parts(rows: Sequence[dict[str, Any]], key: str, value: int) -> list[list[dict[str, Any]]]:
+    kinds = sorted({(row["divergence"], row["tp"]) for row in rows})
+    return [
+        [row for row in rows if (row["divergence"], row["tp"]) == kind and row[key] == value]
+        for kind in kinds
+    ]
+
+
+def _exponent(rows: Sequence[dict[str, Any]], key: str) -> float:
+    """Slope of log time over log size, by least squares."""
+    x, y = [math.log(row[key]) for row in rows], [math.log(row["cpu_ms"]) for row in rows]
+    return statistics.linear_regression(x, y).slope
+
+
+def _make_inputs(tokens: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    teacher_TV = torch.randn(tokens, vocab)
+    return (0.7 * teacher_TV).requires_grad_(), teacher_TV
+
+
+def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Time over the number of logits."""
+    try:
+        import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        sys.stderr.write("no plot: matplotlib is not installed\n")
+        return
+    figure, axis = plt.subplots()
+    for divergence, tp_size in sorted({(row["divergence"], row["tp"]) for row in rows if "cpu_ms" in row}):
+        own = [
+            row for row in rows if (row["divergence"], row["tp"]) == (divergence, tp_size) and "cpu_ms" in row
+        ]
+        points = sorted((row["tokens"] * row["vocab_per_rank"], row["cpu_ms"]) for row in own)
+        axis.loglog(*zip(*points, strict=True), marker="o", label=f"{divergence}, TP{tp_size}")
+    axis.set_xlabel("tokens x vocabulary of one rank")
+    axis.set_ylabel("CPU ms of one rank")
+    axis.legend()
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
