@@ -31,7 +31,7 @@ def _run_into_the_bad_row(rank: int, world_size: int, config_file) -> None:
         def connect_engine(self):
             return None
 
-        def save(self):
+        def save_finally(self):
             saved.append(self.loader.state_dict()["position"])
 
     config = load_config(config_file)
