@@ -66,7 +66,8 @@ class LossConfig(Config):
     """Share of the cross-entropy of the completion tokens: (1 - sft_weight) * divergence + sft_weight * cross-entropy.
     1 goes with teacher.kind=none."""
     tokens_per_chunk: int = Field(default=256, ge=1)
-    """Tokens whose logits exist at the same time; smaller saves memory."""
+    """Tokens of a chunk, of which logits exist at the same time (of two chunks where tensor parallelism lets the collectives
+    of one run beside the products of the next); smaller saves memory."""
     backend: Backend = "auto"
     """What computes the passes over the logits with support=full: eager, plain torch; compiled, the same fused by
     torch.compile, faster on a CPU with a C++ compiler, but compiling takes some 30 s once; triton, kernels for a GPU. auto:
