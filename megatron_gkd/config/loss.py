@@ -72,6 +72,8 @@ class LossConfig(Config):
     """What computes the passes over the logits with support=full: eager, plain torch; compiled, the same fused by
     torch.compile, faster on a CPU with a C++ compiler, but compiling takes some 30 s once; triton, kernels for a GPU. auto:
     what suits the device and the length of the run, logged with the reason."""
+    rows_per_pass: int | None = Field(default=None, ge=1)
+    """Rows of one elementwise pass over a chunk, for eager and compiled; null: what stays in a CPU's cache, from the shapes."""
     certify: bool = True
     """Compare value and gradients of this loss with float64 on a small problem before training, and refuse to train if
     they are wrong."""

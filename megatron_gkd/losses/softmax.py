@@ -113,11 +113,12 @@ def num_real_columns(num_columns: int, group: Group, valid_vocab_size: int | Non
     return min(max(valid_vocab_size - rank * num_columns, 0), num_columns)
 
 
-def row_pieces(logits_TV: Tensor) -> Iterator[slice]:
-    """Slices of rows for elementwise passes: cache-sized on a CPU, all rows at once on an accelerator."""
+def row_pieces(logits_TV: Tensor, rows_per_piece: int | None = None) -> Iterator[slice]:
+    """Slices of rows for elementwise passes; by default cache-sized on a CPU, all rows at once on an accelerator."""
     num_rows, num_columns = logits_TV.shape
-    is_cached = logits_TV.device.type == "cpu"
-    rows_per_piece = max(1, _ELEMENTS_PER_PIECE // max(num_columns, 1)) if is_cached else max(num_rows, 1)
+    if rows_per_piece is None:
+        is_cached = logits_TV.device.type == "cpu"
+        rows_per_piece = max(1, _ELEMENTS_PER_PIECE // max(num_columns, 1)) if is_cached else max(num_rows, 1)
     return row_slices(num_rows, rows_per_piece)
 
 

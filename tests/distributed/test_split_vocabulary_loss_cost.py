@@ -165,7 +165,7 @@ def check_order(rank, world_size):
         )
     logits, gradients = ["product"] * 2, ["product"] * 2
     started = [*logits, "collective"]
-    assert counts.order == started + (started + ["wait", *gradients]) * 2 + ["wait", *gradients]
+    assert counts.order == started + [*started, "wait", *gradients] * 2 + ["wait", *gradients]
 
 
 def test_the_collective_of_a_chunk_is_on_its_way_while_the_next_logits_are_made(run_on_ranks):
