@@ -66,11 +66,14 @@ class LossConfig(Config):
     """Share of the cross-entropy of the completion tokens: (1 - sft_weight) * divergence + sft_weight * cross-entropy.
     1 goes with teacher.kind=none."""
     tokens_per_chunk: int = Field(default=256, ge=1)
-    """Tokens whose logits exist at the same time; smaller saves memory."""
+    """Tokens of a chunk, of which logits exist at the same time (of two chunks where tensor parallelism lets the collectives
+    of one run beside the products of the next); smaller saves memory."""
     backend: Backend = "auto"
     """What computes the passes over the logits with support=full: eager, plain torch; compiled, the same fused by
     torch.compile, faster on a CPU with a C++ compiler, but compiling takes some 30 s once; triton, kernels for a GPU. auto:
     what suits the device and the length of the run, logged with the reason."""
+    rows_per_pass: int | None = Field(default=None, ge=1)
+    """Rows of one elementwise pass over a chunk, for eager and compiled; null: what stays in a CPU's cache, from the shapes."""
     certify: bool = True
     """Compare value and gradients of this loss with float64 on a small problem before training, and refuse to train if
     they are wrong."""

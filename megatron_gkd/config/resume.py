@@ -44,6 +44,7 @@ FREE = (
     "rollout.on_engine_failure",
     "loss.tokens_per_chunk",
     "loss.backend",
+    "loss.rows_per_pass",
     "optim.overlap_grad_reduce",
     "data.max_bad_rows",
     "train.train_iters",

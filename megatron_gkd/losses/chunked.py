@@ -10,6 +10,7 @@ token that the gradient needs.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_gkd.losses.combine import Sum
-from megatron_gkd.losses.comparison import Joined, joined_rows
+from megatron_gkd.losses.comparison import InFlight, Joined, joined_rows
 from megatron_gkd.losses.softmax import accumulation_dtype, row_slices
 
 HeadGradient = Callable[[Tensor, Tensor], Tensor | None]
@@ -33,18 +34,22 @@ class Layer(NamedTuple):
     scale: float = 1.0
     soft_cap: float | None = None
 
-    def logit_chunks(self, num_columns: int, tokens_per_chunk: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The leading columns of each chunk's logits, all in one buffer: a chunk lives until the next one is asked for."""
+    def logit_chunks(
+        self, num_columns: int, tokens_per_chunk: int, dtype: torch.dtype, num_alive: int = 1
+    ) -> Iterator[Tensor]:
+        """The leading columns of each chunk's logits; ``num_alive`` chunks live until a further one is asked for."""
         hidden_TH, head_VH = self.hidden_TH, self.head_VH[:num_columns]
-        num_rows = min(hidden_TH.shape[0], tokens_per_chunk)
-        product_CV = hidden_TH.new_empty(num_rows, num_columns)
-        logits_CV = product_CV if dtype == hidden_TH.dtype else torch.empty_like(product_CV, dtype=dtype)
-        for rows in row_slices(hidden_TH.shape[0], tokens_per_chunk):
-            chunk = slice(0, rows.stop - rows.start)
-            torch.mm(hidden_TH[rows], head_VH.t(), out=product_CV[chunk])
-            if logits_CV is not product_CV:
-                logits_CV[chunk].copy_(product_CV[chunk])
-            yield self._finish_(logits_CV[chunk])
+        slices = list(row_slices(hidden_TH.shape[0], tokens_per_chunk))
+        shape = min(hidden_TH.shape[0], tokens_per_chunk), num_columns
+        product_CV = None if dtype == hidden_TH.dtype else hidden_TH.new_empty(shape)
+        buffers = [hidden_TH.new_empty(shape, dtype=dtype) for _ in slices[:num_alive]]
+        for rows, buffer_CV in zip(slices, cycle(buffers), strict=False):
+            logits_CV = buffer_CV[: rows.stop - rows.start]
+            if product_CV is None:
+                torch.mm(hidden_TH[rows], head_VH.t(), out=logits_CV)
+            else:
+                logits_CV.copy_(torch.mm(hidden_TH[rows], head_VH.t(), out=product_CV[: len(logits_CV)]))
+            yield self._finish_(logits_CV)
 
     def _finish_(self, logits_CV: Tensor) -> Tensor:
         if self.bias_V is not None:
@@ -64,20 +69,50 @@ class Problem(NamedTuple):
     num_columns: int  # leading rows of the head that are real
     tokens_per_chunk: int
 
-    def chunks(self, student: Layer) -> Iterator[tuple[slice, Tensor, Joined]]:
-        """(rows, student logits [C, V], targets of those rows); the logits may be overwritten."""
+    def chunks(self, student: Layer, num_alive: int = 1) -> Iterator[tuple[slice, Tensor, Joined]]:
+        """(rows, student logits [C, V], targets of those rows), see ``Layer.logit_chunks``; they may be overwritten."""
         slices = row_slices(student.hidden_TH.shape[0], self.tokens_per_chunk)
         dtype = accumulation_dtype(student.hidden_TH.dtype)
-        logits = student.logit_chunks(self.num_columns, self.tokens_per_chunk, dtype)
-        return zip(slices, logits, self._target_chunks(self.targets, dtype), strict=True)
+        logits = student.logit_chunks(self.num_columns, self.tokens_per_chunk, dtype, num_alive)
+        return zip(slices, logits, self._target_chunks(self.targets, dtype, num_alive), strict=True)
 
-    def _target_chunks(self, target: Any, dtype: torch.dtype) -> Iterator[Any]:
+    def differentiated_chunks(self, student: Layer, weight_T: Tensor) -> Iterator["DifferentiatedChunk"]:
+        """Chunks whose logits have become their gradient.
+
+        With a group the collectives of a chunk are on their way while the logits of the next one are made: two are alive.
+        """
+        group, waiting = self.comparison.group, None
+        for rows, logits_CV, targets in self.chunks(student, 1 if group is None else 2):
+            if group is None:
+                outcome = self.comparison.differentiate_(logits_CV, targets, weight_T[rows])
+                yield DifferentiatedChunk(rows, logits_CV, targets, *outcome)
+                continue
+            run = self.comparison.differentiate_rounds_(logits_CV, targets, weight_T[rows])
+            started = rows, logits_CV, targets, InFlight(run, group)
+            if waiting is not None:
+                yield DifferentiatedChunk(*waiting[:3], *waiting[3].finish())
+            waiting = started
+        if waiting is not None:
+            yield DifferentiatedChunk(*waiting[:3], *waiting[3].finish())
+
+    def _target_chunks(self, target: Any, dtype: torch.dtype, num_alive: int) -> Iterator[Any]:
         """The target of each chunk, in order."""
         if isinstance(target, Layer):
-            return target.logit_chunks(self.num_columns, self.tokens_per_chunk, dtype)
+            return target.logit_chunks(self.num_columns, self.tokens_per_chunk, dtype, num_alive)
         if isinstance(target, Joined):
-            return map(Joined, zip(*(self._target_chunks(part, dtype) for part in target), strict=True))
+            parts = (self._target_chunks(part, dtype, num_alive) for part in target)
+            return map(Joined, zip(*parts, strict=True))
         return (target[rows] for rows in row_slices(target.shape[0], self.tokens_per_chunk))
+
+
+class DifferentiatedChunk(NamedTuple):
+    """Rows of a loss: the gradient of the student's logits, the targets, the losses and their stats."""
+
+    rows: slice
+    grad_CV: Tensor
+    targets: Joined
+    loss_C: Tensor
+    stats_CK: Tensor
 
 
 class WeightedLoss(NamedTuple):
@@ -142,10 +177,10 @@ class _WeightedSum(torch.autograd.Function):
         student = Layer(student_TH, head_VH, bias_V)
         gradients = _Gradients(student, problem.num_columns, ctx.needs_input_grad)
         loss_T, details_TP = _empty_outcome(problem, weight_T)
-        for rows, logits_CV, targets in problem.chunks(student):
-            loss_T[rows], stats_CK = problem.comparison.differentiate_(logits_CV, targets, weight_T[rows])
-            details_TP[rows] = problem.comparison.details(stats_CK, targets)
-            gradients.add(rows, logits_CV)
+        for chunk in problem.differentiated_chunks(student, weight_T):
+            loss_T[chunk.rows] = chunk.loss_C
+            details_TP[chunk.rows] = problem.comparison.details(chunk.stats_CK, chunk.targets)
+            gradients.add(chunk.rows, chunk.grad_CV)
         ctx.save_for_backward(*gradients.tensors)
         ctx.mark_non_differentiable(loss_T, details_TP)
         ctx.dtypes = [student_TH.dtype, head_VH.dtype, None if bias_V is None else bias_V.dtype]

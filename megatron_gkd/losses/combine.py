@@ -70,14 +70,15 @@ class Sum(Comparison):
             weighted_T = term.weight * upstream_T
             term.comparison.write_gradient(student_TV, targets[0], stats_TK[:, 1:], weighted_T, out_TV)
 
-    def differentiate_(
-        self, student_TV: Tensor, targets: Joined, upstream_T: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def differentiate_rounds_(self, student_TV: Tensor, targets: Joined, upstream_T: Tensor) -> Rounds:
         """See ``Comparison``; several terms need the same logits, so only a single one may work in their storage."""
         term, *others = self.terms
         if others:
-            return super().differentiate_(student_TV, targets, upstream_T)
-        loss_T, stats_TK = term.comparison.differentiate_(student_TV, targets[0], term.weight * upstream_T)
+            return (yield from super().differentiate_rounds_(student_TV, targets, upstream_T))
+        weighted_T = term.weight * upstream_T
+        loss_T, stats_TK = yield from term.comparison.differentiate_rounds_(
+            student_TV, targets[0], weighted_T
+        )
         return term.weight * loss_T, torch.cat([loss_T.unsqueeze(-1), stats_TK], -1)
 
     @property
@@ -125,9 +126,10 @@ class Limited(Comparison):
         self.inner.write_gradient(student_TV, target, stats_TK[:, 1:], upstream_T, out_TV)
         out_TV.masked_fill_(stats_TK[:, :1] != 0, 0.0)
 
-    def differentiate_(self, student_TV: Tensor, target: Any, upstream_T: Tensor) -> tuple[Tensor, Tensor]:
+    def differentiate_rounds_(self, student_TV: Tensor, target: Any, upstream_T: Tensor) -> Rounds:
         """See ``Comparison``."""
-        loss_T, stats_TK = self._limited(*self.inner.differentiate_(student_TV, target, upstream_T))
+        inner = yield from self.inner.differentiate_rounds_(student_TV, target, upstream_T)
+        loss_T, stats_TK = self._limited(*inner)
         student_TV.masked_fill_(stats_TK[:, :1] != 0, 0.0)
         return loss_T, stats_TK
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_gkd.losses.softmax import Group, gather_rows, row_blocks, row_pieces
+from megatron_gkd.losses.softmax import GatheredRows, Group, gather_rows, row_blocks, row_pieces
 
 Rounds = Generator[Tensor, Tensor, tuple[Tensor, Tensor]]
 """Yields what this rank contributes to a collective [T, K], is sent all ranks' [R, T, K], returns (loss_T, stats_TK).
@@ -95,13 +95,17 @@ class Comparison(ABC):
 
     def differentiate_(self, student_TV: Tensor, target: Any, upstream_T: Tensor, /) -> tuple[Tensor, Tensor]:
         """As ``measure``; ``student_TV`` is overwritten with its gradient, in its dtype, a teacher's with scratch."""
-        parts = []
-        for block in row_blocks(student_TV, self.group):
-            x_TV, y, block_upstream_T = student_TV[block], rows_of(target, block), upstream_T[block]
-            loss_T, stats_TK = self.measure(x_TV, y)
-            self.write_gradient(x_TV, y, stats_TK, block_upstream_T, x_TV)
-            parts.append((loss_T, stats_TK))
-        return joined_rows(parts)
+        runs = (
+            self.differentiate_rounds_(student_TV[block], rows_of(target, block), upstream_T[block])
+            for block in row_blocks(student_TV, self.group)
+        )
+        return joined_rows([communicate(run, self.group) for run in runs])
+
+    def differentiate_rounds_(self, student_TV: Tensor, target: Any, upstream_T: Tensor, /) -> Rounds:
+        """The collectives of ``differentiate_`` for rows that share them; the gradient is there when they are over."""
+        loss_T, stats_TK = yield from self.rounds(student_TV, target)
+        self.write_gradient(student_TV, target, stats_TK, upstream_T, student_TV)
+        return loss_T, stats_TK
 
 
 def communicate(rounds: Rounds, group: Group) -> tuple[Tensor, Tensor]:
@@ -112,6 +116,36 @@ def communicate(rounds: Rounds, group: Group) -> tuple[Tensor, Tensor]:
             local_TK = rounds.send(gather_rows(local_TK, group))
     except StopIteration as done:
         return done.value
+
+
+class InFlight:
+    """Rounds of which one collective is on its way while the caller computes something else.
+
+    Args:
+        rounds: Run up to their first collective.
+        group: Its ranks, of which all start and finish the same runs in the same order.
+    """
+
+    def __init__(self, rounds: Rounds, group: Group):
+        self._rounds, self._group = rounds, group
+        self._result: tuple[Tensor, Tensor] | None = None
+        self._gathering: GatheredRows | None = None
+        self._go_on(None)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """What the rounds return."""
+        while self._gathering is not None:
+            self._go_on(self._gathering.wait())
+        assert self._result is not None  # nothing is on its way only after the last round
+        return self._result
+
+    def _go_on(self, packed_RTK: Tensor | None) -> None:
+        try:
+            local_TK = next(self._rounds) if packed_RTK is None else self._rounds.send(packed_RTK)
+        except StopIteration as done:
+            self._gathering, self._result = None, done.value
+            return
+        self._gathering = GatheredRows(local_TK, self._group)
 
 
 def side_by_side(runs: Sequence[Rounds]) -> Generator[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_gkd.losses.comparison import Comparison, Rounds, communicate, joined_rows
+from megatron_gkd.losses.comparison import Comparison, Rounds
 from megatron_gkd.losses.divergences import Divergence, WeightedKL
 from megatron_gkd.losses.elementwise import times
 from megatron_gkd.losses.kernels import DenseKernels
 from megatron_gkd.losses.kernels.eager import EAGER, poison
-from megatron_gkd.losses.softmax import SoftmaxStats, Temperatures, accumulation_dtype, row_blocks
+from megatron_gkd.losses.softmax import SoftmaxStats, Temperatures, accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -97,24 +97,18 @@ class TwoRounds(Comparison):
             student_TV, teacher_TV, stats_TK, upstream_T, self.divergence, self.temperatures, out_TV
         )
 
-    def differentiate_(
-        self, student_TV: Tensor, teacher_TV: Tensor, upstream_T: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def differentiate_rounds_(self, student_TV: Tensor, teacher_TV: Tensor, upstream_T: Tensor) -> Rounds:
         """See ``Comparison``; what the second round computes may wait for its result in the storage of the logits.
 
         Not in storage of half precision, which would round it: there the gradient's pass computes it again.
         """
         if any(z_TV.dtype != accumulation_dtype(student_TV.dtype) for z_TV in (student_TV, teacher_TV)):
-            return super().differentiate_(student_TV, teacher_TV, upstream_T)
-        parts = []
-        for block in row_blocks(student_TV, self.group):
-            x_TV, y_TV = student_TV[block], teacher_TV[block]
-            loss_T, stats_TK = communicate(self._rounds(x_TV, y_TV, self.kernels.term_sums_), self.group)
-            self.kernels.write_gradient_(
-                x_TV, y_TV, stats_TK, upstream_T[block], self.divergence, self.temperatures
-            )
-            parts.append((loss_T, stats_TK))
-        return joined_rows(parts)
+            return (yield from super().differentiate_rounds_(student_TV, teacher_TV, upstream_T))
+        loss_T, stats_TK = yield from self._rounds(student_TV, teacher_TV, self.kernels.term_sums_)
+        self.kernels.write_gradient_(
+            student_TV, teacher_TV, stats_TK, upstream_T, self.divergence, self.temperatures
+        )
+        return loss_T, stats_TK
 
     def _rounds(self, student_TV: Tensor, teacher_TV: Tensor, term_sums: Callable[..., Tensor]) -> Rounds:
         packed_RTK = yield self.kernels.normalizers(student_TV, teacher_TV, self.temperatures)

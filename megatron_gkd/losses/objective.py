@@ -33,6 +33,7 @@ class ObjectiveOptions(TypedDict, total=False):
     estimator: str
     policy_gradient: bool
     backend: str
+    rows_per_pass: int | None
 
 
 SUPPORTS = ("full", "teacher_top_k", "student_top_k", "union", "sampled", "token")
@@ -64,6 +65,7 @@ class Objective:
         estimator: For ``token``: a name in ``ESTIMATORS``.
         policy_gradient: For ``token``: the estimate is a reward and has no gradient itself.
         backend: What computes the passes over logits with ``support="full"``, a name in ``kernels.BACKENDS``.
+        rows_per_pass: Rows of one such pass; ``None``: picked from the shapes.
 
     Raises:
         ValueError: If a value is out of range or the divergence unknown.
@@ -84,6 +86,7 @@ class Objective:
     estimator: str = "k3"
     policy_gradient: bool = False
     backend: str = "auto"
+    rows_per_pass: int | None = None
 
     def __post_init__(self):
         if not self.temperatures.student > 0 or not self.temperatures.teacher > 0:
@@ -94,6 +97,10 @@ class Objective:
         if self.max_token_loss is not None and not self.max_token_loss > 0:
             raise ValueError(
                 f"max_token_loss {self.max_token_loss} is not above 0; None means that there is no limit"
+            )
+        if self.rows_per_pass is not None and self.rows_per_pass < 1:
+            raise ValueError(
+                f"rows_per_pass {self.rows_per_pass} is not at least 1; None picks it from the shapes"
             )
         self.make_divergence()
         self._check_support()
@@ -120,7 +127,7 @@ class Objective:
         """
         if self.support != "full":
             return self.limited(self._on_support(group))
-        divergence, kernels = self.make_divergence(), find_kernels(self.backend)
+        divergence, kernels = self.make_divergence(), find_kernels(self.backend, self.rows_per_pass)
         if isinstance(divergence, AdaptiveKL):
             return self.limited(Adaptive(group, divergence.head_mass, self.temperatures))
         if isinstance(divergence, WeightedKL):

@@ -59,15 +59,31 @@ def shifted(logits_TV: Tensor, max_T1: Tensor, temperature: float = 1.0) -> Tens
     return shifted_TV if temperature == 1.0 else shifted_TV.div_(temperature)
 
 
+class GatheredRows:
+    """An all-gather on its way: [R, T, K] of all ranks; R = 1 without a group, and no collective for zero rows."""
+
+    def __init__(self, local_TK: Tensor, group: Group):
+        num_tokens, num_numbers = local_TK.shape
+        self._work = None
+        if group is None:
+            self._out_RTK = local_TK.unsqueeze(0)
+            return
+        self._local_TK = local_TK.contiguous()  # stays until the collective has read it
+        self._out_RTK = local_TK.new_empty(group.size(), num_tokens, num_numbers)
+        if num_tokens > 0:
+            out = self._out_RTK.view(-1, num_numbers)
+            self._work = _all_gather(out, self._local_TK, group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        """The rows, on a GPU for what is queued after this call."""
+        if self._work is not None:
+            self._work.wait()
+        return self._out_RTK
+
+
 def gather_rows(local_TK: Tensor, group: Group) -> Tensor:
-    """[R, T, K] of all ranks with one all-gather; R = 1 without a group, and no collective for zero rows."""
-    if group is None:
-        return local_TK.unsqueeze(0)
-    num_tokens, num_numbers = local_TK.shape
-    out_RTK = local_TK.new_empty(group.size(), num_tokens, num_numbers)
-    if num_tokens > 0:
-        _all_gather(out_RTK.view(-1, num_numbers), local_TK.contiguous(), group=group)
-    return out_RTK
+    """``GatheredRows``, waited for."""
+    return GatheredRows(local_TK, group).wait()
 
 
 def split_over(group: Group) -> Group:
@@ -97,11 +113,12 @@ def num_real_columns(num_columns: int, group: Group, valid_vocab_size: int | Non
     return min(max(valid_vocab_size - rank * num_columns, 0), num_columns)
 
 
-def row_pieces(logits_TV: Tensor) -> Iterator[slice]:
-    """Slices of rows for elementwise passes: cache-sized on a CPU, all rows at once on an accelerator."""
+def row_pieces(logits_TV: Tensor, rows_per_piece: int | None = None) -> Iterator[slice]:
+    """Slices of rows for elementwise passes; by default cache-sized on a CPU, all rows at once on an accelerator."""
     num_rows, num_columns = logits_TV.shape
-    is_cached = logits_TV.device.type == "cpu"
-    rows_per_piece = max(1, _ELEMENTS_PER_PIECE // max(num_columns, 1)) if is_cached else max(num_rows, 1)
+    if rows_per_piece is None:
+        is_cached = logits_TV.device.type == "cpu"
+        rows_per_piece = max(1, _ELEMENTS_PER_PIECE // max(num_columns, 1)) if is_cached else max(num_rows, 1)
     return row_slices(num_rows, rows_per_piece)
 
 

@@ -57,6 +57,7 @@ def make_objective(config: LossConfig) -> Objective:
         estimator=config.estimator,
         policy_gradient=config.policy_gradient,
         backend=config.backend,
+        rows_per_pass=config.rows_per_pass,
     )
 
 

@@ -3,6 +3,7 @@
 Not covered here: whether the results are right (test_split_vocabulary_loss.py).
 """
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -37,6 +38,16 @@ SUPPORT_COLLECTIVES = {
 }
 
 
+def one_after_the_other(numbers: list[int], num_chunks: int) -> list[int]:
+    return numbers * num_chunks
+
+
+def in_flight(numbers: list[int], num_chunks: int) -> list[int]:
+    """The first round of a chunk starts before the rounds of the one before go on."""
+    first, rest = numbers[:1], numbers[1:]
+    return first + (first + rest) * (num_chunks - 1) + rest
+
+
 def check_cost(rank, world_size):
     tokens, chunk, columns, hidden = 48, 16, 512, 8
     inputs = make_linear_inputs(tokens, columns * world_size, hidden, hidden)
@@ -56,7 +67,8 @@ def check_cost(rank, world_size):
                     )
             with counted() as backward:
                 (result[0] if isinstance(result, tuple) else result.sum()).backward()
-            sent = [("_allgather_base_", 4 * n * chunk) for n in numbers] * (tokens // chunk)
+            order = in_flight if "token_weight_T" in options else one_after_the_other
+            sent = [("_allgather_base_", 4 * n * chunk) for n in order(numbers, tokens // chunk)]
             assert forward.collectives == sent, (name, forward.collectives)
             assert backward.collectives == []
             assert max(forward.largest_allocation, backward.largest_allocation) == chunk * columns
@@ -124,10 +136,37 @@ def check_cost_of_a_mix(rank, world_size):
                 tokens_per_chunk=16,
             )
             total.backward()
-        assert counts.collectives == [("_allgather_base_", 4 * n * 16) for n in numbers] * 3
+        assert counts.collectives == [("_allgather_base_", 4 * n * 16) for n in in_flight(numbers, 3)]
         assert counts.products == 3 * (2 + 2)  # per chunk: two of logits, two of gradients
         assert counts.largest_allocation == 16 * columns
 
 
 def test_the_mix_with_cross_entropy_adds_no_collective_and_no_product(run_on_ranks):
     run_on_ranks(2, check_cost_of_a_mix)
+
+
+def check_order(rank, world_size):
+    from megatron_gkd.losses.softmax import GatheredRows
+
+    inputs = make_linear_inputs(48, 64 * world_size, 8, 8)
+    head, teacher_head = (x.chunk(world_size)[rank].float() for x in (inputs[1], inputs[3]))
+    options = {"group": dist.group.WORLD, "tokens_per_chunk": 16, "token_weight_T": torch.ones(48)}
+    wait = GatheredRows.wait
+    with pytest.MonkeyPatch.context() as patch, counted() as counts:
+        patch.setattr(GatheredRows, "wait", lambda rows: (counts.order.append("wait"), wait(rows))[1])
+        student = inputs.student_TH.float().requires_grad_()
+        linear_distill_loss(
+            student,
+            head.requires_grad_(),
+            inputs.teacher_TH.float(),
+            teacher_head,
+            divergence="forward_kl",
+            **options,
+        )
+    logits, gradients = ["product"] * 2, ["product"] * 2
+    started = [*logits, "collective"]
+    assert counts.order == started + [*started, "wait", *gradients] * 2 + ["wait", *gradients]
+
+
+def test_the_collective_of_a_chunk_is_on_its_way_while_the_next_logits_are_made(run_on_ranks):
+    run_on_ranks(2, check_order)

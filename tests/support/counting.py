@@ -16,7 +16,14 @@ class Counts:
     )  # (name, bytes that this rank contributes)
     largest_allocation: int = 0  # elements of the largest storage that an operation returned and no input had
     total_allocated: int = 0  # elements
-    products: int = 0  # of two matrices
+    order: list[str] = field(
+        default_factory=list
+    )  # "product" (of two matrices) and "collective", as they began
+
+    @property
+    def products(self) -> int:
+        """Number of products of two matrices."""
+        return self.order.count("product")
 
 
 class counted(TorchDispatchMode):
@@ -36,8 +43,10 @@ class counted(TorchDispatchMode):
         if func.namespace == "c10d":
             sent = min((tensor.nbytes for tensor in inputs), default=0)
             self.counts.collectives.append((func.overloadpacket.__name__, sent))
+            self.counts.order.append("collective")
             return func(*args, **kwargs)
-        self.counts.products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            self.counts.order.append("product")
         known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):

@@ -7,10 +7,11 @@ Shapes: T = tokens, V = real vocabulary entries held by this rank, K = numbers p
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,10 +26,17 @@ _ELEMENTS_PER_PASS = 1 << 19
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@dataclass(frozen=True)
 class CompiledKernels:
-    """See ``DenseKernels``; what it cannot fuse (float64, a single row, an empty shard) goes to the eager back end."""
+    """See ``DenseKernels``; what it cannot fuse (float64, a single row, an empty shard) goes to the eager back end.
 
-    name = "compiled"
+    Attributes:
+        rows_per_pass: Rows of one pass, at least two; ``None``: picked from the size of the vocabulary.
+    """
+
+    rows_per_pass: int | None = None
+
+    name: ClassVar[str] = "compiled"
 
     def kl_sums(
         self, student_TV: Tensor, teacher_TV: Tensor, kl: WeightedKL, temperatures: Temperatures
@@ -37,7 +45,7 @@ class CompiledKernels:
         if not _can_fuse(student_TV, teacher_TV):
             return EAGER.kl_sums(student_TV, teacher_TV, kl, temperatures)
         packed_TK = numbers_per_row(student_TV, 4 + (kl.forward != 0) + (kl.reverse != 0))
-        _run(_kl_sums, (kl, temperatures), student_TV, teacher_TV, packed_TK)
+        _run(self.rows_per_pass, _kl_sums, (kl, temperatures), student_TV, teacher_TV, packed_TK)
         return packed_TK
 
     def write_kl_gradient(
@@ -55,14 +63,22 @@ class CompiledKernels:
             EAGER.write_kl_gradient(student_TV, teacher_TV, stats_T5, upstream_T, kl, temperatures, out_TV)
             return
         numbers = stats_T5.contiguous(), upstream_T.contiguous()
-        _run(_kl_gradient_, (kl, temperatures), student_TV, teacher_TV, *numbers, out_TV=out_TV)
+        _run(
+            self.rows_per_pass,
+            _kl_gradient_,
+            (kl, temperatures),
+            student_TV,
+            teacher_TV,
+            *numbers,
+            out_TV=out_TV,
+        )
 
     def normalizers(self, student_TV: Tensor, teacher_TV: Tensor, temperatures: Temperatures) -> Tensor:
         """See ``DenseKernels``."""
         if not _can_fuse(student_TV, teacher_TV):
             return EAGER.normalizers(student_TV, teacher_TV, temperatures)
         packed_T4 = numbers_per_row(student_TV, 4)
-        _run(_normalizers, (temperatures,), student_TV, teacher_TV, packed_T4)
+        _run(self.rows_per_pass, _normalizers, (temperatures,), student_TV, teacher_TV, packed_T4)
         return packed_T4
 
     def term_sums(
@@ -78,7 +94,7 @@ class CompiledKernels:
             return EAGER.term_sums(student_TV, teacher_TV, norms_T4, divergence, temperatures)
         sums_T2 = numbers_per_row(student_TV, 2)
         how = divergence, temperatures
-        _run(_term_sums, how, student_TV, teacher_TV, norms_T4.contiguous(), sums_T2)
+        _run(self.rows_per_pass, _term_sums, how, student_TV, teacher_TV, norms_T4.contiguous(), sums_T2)
         return sums_T2
 
     def write_gradient(
@@ -98,7 +114,15 @@ class CompiledKernels:
             )
             return
         numbers = stats_T5.contiguous(), upstream_T.contiguous()
-        _run(_gradient_, (divergence, temperatures), student_TV, teacher_TV, *numbers, out_TV=out_TV)
+        _run(
+            self.rows_per_pass,
+            _gradient_,
+            (divergence, temperatures),
+            student_TV,
+            teacher_TV,
+            *numbers,
+            out_TV=out_TV,
+        )
 
     def term_sums_(
         self,
@@ -113,7 +137,7 @@ class CompiledKernels:
             return EAGER.term_sums_(student_TV, teacher_TV, norms_T4, divergence, temperatures)
         sums_T2 = numbers_per_row(student_TV, 2)
         how = divergence, temperatures
-        _run(_term_sums_, how, student_TV, teacher_TV, norms_T4.contiguous(), sums_T2)
+        _run(self.rows_per_pass, _term_sums_, how, student_TV, teacher_TV, norms_T4.contiguous(), sums_T2)
         return sums_T2
 
     def write_gradient_(
@@ -130,7 +154,7 @@ class CompiledKernels:
             EAGER.write_gradient_(student_TV, teacher_TV, stats_T5, upstream_T, divergence, temperatures)
             return
         numbers = stats_T5.contiguous(), upstream_T.contiguous()
-        _run(_assemble_, (temperatures,), student_TV, teacher_TV, *numbers)
+        _run(self.rows_per_pass, _assemble_, (temperatures,), student_TV, teacher_TV, *numbers)
 
 
 COMPILED = CompiledKernels()
@@ -151,6 +175,7 @@ def _can_hold(out_TV: Tensor, student_TV: Tensor) -> bool:
 
 
 def _run(
+    rows_per_pass: int | None,
     function: Callable[..., None],
     how: tuple[Any, ...],
     student_TV: Tensor,
@@ -168,16 +193,17 @@ def _run(
     is_elsewhere = out_TV is not None and out_TV.data_ptr() != student_TV.data_ptr()
     # one state for all callers: what is compiled depends on gradients, and nothing is compiled inside a dispatch mode
     with torch.no_grad(), _disable_current_modes():
-        for rows in _row_passes(student_TV):
+        for rows in _row_passes(student_TV, rows_per_pass):
             if is_elsewhere:
                 first_TV[rows] = student_TV[rows]
             run(first_TV[rows], *(tensor[rows] for tensor in tensors))
 
 
-def _row_passes(logits_TV: Tensor) -> Iterator[slice]:
+def _row_passes(logits_TV: Tensor, rows_per_pass: int | None) -> Iterator[slice]:
     """Slices of at least two rows."""
     num_rows, num_columns = logits_TV.shape
-    num_passes = max(1, num_rows // max(2, _ELEMENTS_PER_PASS // num_columns))
+    wanted = rows_per_pass or _ELEMENTS_PER_PASS // num_columns
+    num_passes = max(1, num_rows // max(2, wanted))
     bounds = [num_rows * i // num_passes for i in range(num_passes + 1)]
     return (slice(*pair) for pair in pairwise(bounds))
 

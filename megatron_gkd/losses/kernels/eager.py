@@ -3,6 +3,9 @@
 Shapes: T = tokens, V = real vocabulary entries held by this rank, K = numbers per token.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -18,10 +21,17 @@ from megatron_gkd.losses.softmax import (
 )
 
 
+@dataclass(frozen=True)
 class EagerKernels:
-    """See ``DenseKernels``; r and q wait for the gradient in the storage of the two logits."""
+    """See ``DenseKernels``; r and q wait for the gradient in the storage of the two logits.
 
-    name = "eager"
+    Attributes:
+        rows_per_pass: Rows of one pass; ``None``: as many as a CPU's cache holds.
+    """
+
+    rows_per_pass: int | None = None
+
+    name: ClassVar[str] = "eager"
 
     def kl_sums(
         self, student_TV: Tensor, teacher_TV: Tensor, kl: WeightedKL, temperatures: Temperatures
@@ -29,7 +39,7 @@ class EagerKernels:
         """See ``DenseKernels``."""
         num_directions = (kl.forward != 0) + (kl.reverse != 0)
         packed_TK = numbers_per_row(student_TV, 4 + num_directions)
-        for rows in row_pieces(student_TV):
+        for rows in row_pieces(student_TV, self.rows_per_pass):
             packed_TK[rows] = kl_sums(student_TV[rows], teacher_TV[rows], kl, temperatures)
         return packed_TK
 
@@ -44,7 +54,7 @@ class EagerKernels:
         out_TV: Tensor,
     ) -> None:
         """See ``DenseKernels``."""
-        for rows in row_pieces(student_TV):
+        for rows in row_pieces(student_TV, self.rows_per_pass):
             out_TV[rows] = kl_gradient(
                 student_TV[rows], teacher_TV[rows], stats_T5[rows], upstream_T[rows], kl, temperatures
             )
@@ -52,7 +62,7 @@ class EagerKernels:
     def normalizers(self, student_TV: Tensor, teacher_TV: Tensor, temperatures: Temperatures) -> Tensor:
         """See ``DenseKernels``."""
         packed_T4 = numbers_per_row(student_TV, 4)
-        for rows in row_pieces(student_TV):
+        for rows in row_pieces(student_TV, self.rows_per_pass):
             packed_T4[rows] = normalizers(student_TV[rows], teacher_TV[rows], temperatures)
         return packed_T4
 
@@ -66,7 +76,7 @@ class EagerKernels:
     ) -> Tensor:
         """See ``DenseKernels``."""
         sums_T2 = numbers_per_row(student_TV, 2)
-        for rows in row_pieces(student_TV):
+        for rows in row_pieces(student_TV, self.rows_per_pass):
             sums_T2[rows], _, _ = terms(
                 student_TV[rows], teacher_TV[rows], norms_T4[rows], divergence, temperatures
             )
@@ -84,7 +94,7 @@ class EagerKernels:
     ) -> None:
         """See ``DenseKernels``."""
         norms_T4, r_sum_T1 = stats_T5.split([4, 1], -1)
-        for rows in row_pieces(student_TV):
+        for rows in row_pieces(student_TV, self.rows_per_pass):
             _, r_TV, q_TV = terms(
                 student_TV[rows], teacher_TV[rows], norms_T4[rows], divergence, temperatures
             )
@@ -100,7 +110,7 @@ class EagerKernels:
     ) -> Tensor:
         """See ``DenseKernels``."""
         sums_T2 = numbers_per_row(student_TV, 2)
-        for rows in row_pieces(student_TV):
+        for rows in row_pieces(student_TV, self.rows_per_pass):
             sums_T2[rows], student_TV[rows], teacher_TV[rows] = terms(
                 student_TV[rows], teacher_TV[rows], norms_T4[rows], divergence, temperatures
             )
@@ -116,7 +126,7 @@ class EagerKernels:
         temperatures: Temperatures,
     ) -> None:
         """See ``DenseKernels``."""
-        for rows in row_pieces(student_TV):
+        for rows in row_pieces(student_TV, self.rows_per_pass):
             assemble_(student_TV[rows], teacher_TV[rows], stats_T5[rows, 4:], upstream_T[rows], temperatures)
 
 

@@ -142,13 +142,15 @@ TRITON = TritonKernels()
 
 @dataclass(frozen=True)
 class TritonWherePossible:
-    """``TRITON``, or ``EAGER`` for what it does not do: float64, other strides, divergences without a formula there.
+    """``TRITON``, or another back end for what it does not do: float64, other strides, divergences without a formula there.
 
     Attributes:
-        required: Raise ``ValueError`` for logits on a CPU or without Triton, instead of leaving these to ``EAGER`` too.
+        required: Raise ``ValueError`` for logits on a CPU or without Triton, instead of leaving these to the other too.
+        otherwise: The other back end.
     """
 
     required: bool
+    otherwise: DenseKernels = EAGER
 
     def kl_sums(
         self, student_TV: Tensor, teacher_TV: Tensor, kl: WeightedKL, temperatures: Temperatures
@@ -231,13 +233,13 @@ class TritonWherePossible:
         if self.required:
             _require_triton(student_TV)
         elif not student_TV.is_cuda or not _is_installed():
-            return EAGER
+            return self.otherwise
         has_kernel = (
             divergence is None or isinstance(divergence, WeightedKL) or _formula(divergence)[0] in FORMULAS
         )
         pair = student_TV, others[0]
         fits = all(z.dtype in _FLOATS for z in pair) and all(z.stride(-1) == 1 for z in (*pair, *others))
-        return TRITON if has_kernel and fits else EAGER
+        return TRITON if has_kernel and fits else self.otherwise
 
 
 def _formula(divergence: Divergence) -> tuple[str | None, float]:

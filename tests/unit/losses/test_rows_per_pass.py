@@ -1,0 +1,37 @@
+"""How many rows an elementwise pass takes changes nothing but the size of its temporaries."""
+
+import pytest
+import torch
+
+from megatron_gkd.losses import distill_loss
+from megatron_gkd.losses.kernels import eager
+from megatron_gkd.losses.objective import Objective
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_loss_and_gradient_are_the_same_for_any_number_of_rows(divergence):
+    generator = torch.Generator().manual_seed(0)
+    student_TV, teacher_TV = (torch.randn(5, 300, generator=generator) for _ in range(2))
+    results = []
+    for rows_per_pass in (None, 1, 2, 100):
+        logits_TV = student_TV.clone().requires_grad_()
+        loss_T = distill_loss(logits_TV, teacher_TV, divergence=divergence, rows_per_pass=rows_per_pass)
+        loss_T.sum().backward()
+        results.append((loss_T.detach(), logits_TV.grad))
+    for loss_T, grad_TV in results[1:]:
+        torch.testing.assert_close(loss_T, results[0][0], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(grad_TV, results[0][1], rtol=1e-6, atol=1e-8)
+
+
+def test_a_pass_takes_as_many_rows_as_it_is_told(monkeypatch):
+    sizes, kl_sums = [], eager.kl_sums
+    monkeypatch.setattr(
+        eager, "kl_sums", lambda x_TV, *rest: (sizes.append(len(x_TV)), kl_sums(x_TV, *rest))[1]
+    )
+    distill_loss(torch.zeros(5, 30), torch.ones(5, 30), divergence="forward_kl", rows_per_pass=2)
+    assert sizes == [2, 2, 1]
+
+
+def test_a_pass_without_rows_is_refused():
+    with pytest.raises(ValueError, match="rows_per_pass 0 is not at least 1; None picks it"):
+        Objective(divergence="jsd", rows_per_pass=0)
