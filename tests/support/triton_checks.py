@@ -35,6 +35,7 @@ def value_and_gradient(
     """(loss_T, gradient [T, V]) of ``distill_loss``."""
     mine_TV = student_TV.detach().requires_grad_()
     loss_T = distill_loss(mine_TV, teacher_TV, **how)
+    assert isinstance(loss_T, Tensor)
     (loss_T * upstream_T.to(loss_T)).sum().backward()
     assert mine_TV.grad is not None
     return loss_T.detach(), mine_TV.grad
@@ -102,6 +103,7 @@ def check_similar_models(device: str, name: str) -> None:
         divergence=name,
         backend="triton",
     )
+    assert isinstance(loss_T, Tensor)
     assert want_T.max() < 1e-9
     assert relative_error(loss_T.cpu(), want_T) <= 1e-2
 
