@@ -17,7 +17,7 @@ VALUES = ("loss", "grad_norm", "lr", "tokens", "rollout/completion_length", "pus
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_run_with_sglang_repeated_gives_the_same_tokens_and_losses(
     sglang_server: ServerProcess, sglang_model: Path, tmp_path: Path
 ):
