@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_gkd.losses.softmax import GatheredRows, Group, gather_rows, row_blocks, row_pieces
+from megatron_gkd.losses.softmax import GatheredRows, Group, row_blocks, row_pieces
 
 Rounds = Generator[Tensor, Tensor, tuple[Tensor, Tensor]]
 """Yields what this rank contributes to a collective [T, K], is sent all ranks' [R, T, K], returns (loss_T, stats_TK).
@@ -110,12 +110,7 @@ class Comparison(ABC):
 
 def communicate(rounds: Rounds, group: Group) -> tuple[Tensor, Tensor]:
     """Run ``rounds`` with one all-gather for each."""
-    try:
-        local_TK = next(rounds)
-        while True:
-            local_TK = rounds.send(gather_rows(local_TK, group))
-    except StopIteration as done:
-        return done.value
+    return InFlight(rounds, group).finish()
 
 
 class InFlight:

@@ -81,11 +81,6 @@ class GatheredRows:
         return self._out_RTK
 
 
-def gather_rows(local_TK: Tensor, group: Group) -> Tensor:
-    """``GatheredRows``, waited for."""
-    return GatheredRows(local_TK, group).wait()
-
-
 def split_over(group: Group) -> Group:
     """``group``, or ``None`` if it has a single rank."""
     return None if group is None or group.size() == 1 else group

@@ -157,13 +157,10 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
         p.grad is None and not hasattr(p, "main_grad") for p in parameters.values() if not p.requires_grad
     )
     buffers = [buffer for ddp in student.ddp for buffer in ddp.buffers]
-    buffer_size, num_optimized = (
-        sum(b.numel_unpadded for b in buffers),
-        len(student.optimizer.get_parameters()),
-    )
-    if (
-        config.optim.use_distributed_optimizer
-    ):  # weights begin at multiples; every rank holds the state of a part
+    buffer_size = sum(buffer.numel_unpadded for buffer in buffers)
+    num_optimized = len(student.optimizer.get_parameters())
+    if config.optim.use_distributed_optimizer:
+        # weights begin at multiples; every rank holds the state of a part
         assert sum(p.numel() for p in trained) <= buffer_size < sum(p.numel() for p in parameters.values())
         assert 0 < num_optimized <= len(trained)
     else:
