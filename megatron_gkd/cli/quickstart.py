@@ -237,12 +237,13 @@ def _judge(folders: Folders) -> dict:
 
 
 def _texts(folder: Path) -> list[str]:
-    """What a model answers greedily to the prompts that are shown."""
+    """What a model answers to the prompts that are shown, sampled as the student was in training."""
     from megatron_gkd.report.held_out import write_completions
 
-    return [
-        c.completion for c in write_completions(folder, _shown_prompts(), None, max_new_tokens=SHOWN_TOKENS)
-    ]
+    completions = write_completions(
+        folder, _shown_prompts(), None, max_new_tokens=SHOWN_TOKENS, temperature=TEMPERATURE
+    )
+    return [c.completion for c in completions]
 
 
 def _shown_prompts() -> list[list[dict[str, str]]]:
