@@ -35,10 +35,11 @@ check: lint types unit
 unit: .venv/.installed
 	$(PYTEST) tests/unit -n 2
 
-# Not with xdist: every worker would start its own rank pools and its own server.
+# Two workers, each with its own pools of ranks: while the ranks of one wait for each other, those of the other compute.
 distributed: .venv/.installed
-	$(PYTEST) tests/distributed
+	$(PYTEST) tests/distributed -n 2 --dist worksteal
 
+# One after another: every run of theirs fills both cores.
 e2e: .venv/.installed
 	$(PYTEST) tests/e2e
 

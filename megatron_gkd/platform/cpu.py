@@ -14,6 +14,8 @@ import time
 
 import torch
 
+from megatron_gkd.platform import gloo
+
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
 _MARK = "_megatron_gkd_cpu_stand_ins"
 
@@ -33,6 +35,7 @@ def install() -> bool:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     _name_cpu_types_like_cuda()
+    gloo.share_device()
     return True
 
 

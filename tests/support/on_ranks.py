@@ -50,7 +50,7 @@ def destroy_all_groups() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
-    gc.collect()  # models lie in cycles and hold their groups; each open gloo group has threads that wake 100 times a second
+    gc.collect()  # models lie in cycles and hold their groups
 
 
 def no_kernels() -> Any:

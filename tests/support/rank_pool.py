@@ -1,4 +1,4 @@
-"""Gloo ranks that many tests use: process start and imports are paid once per pytest session.
+"""Gloo ranks that many tests use. They are forked from a server that has imported torch and Megatron once per session.
 
 The ranks meet through a file, so no port can collide. A rank that fails or dies is named, and the pool
 restarts, because the other ranks may still sit in a collective with it.
@@ -12,7 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import psutil
 
 MAX_THREADS = 200
 """Of a rank. What tests leave behind adds up: hundreds of idle threads take the cores from the tests."""
+
+PRELOADED = "tests.support.rank_imports"
 
 
 class RankPool:
@@ -82,11 +84,12 @@ class RankPool:
             raise AssertionError(f"rank {rank} of {self.world_size} failed:\n{error}")
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([PRELOADED])
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name, "store"))
         self._pipes: list[Connection] = []
-        self._processes: list[SpawnProcess] = []
+        self._processes: list[ForkServerProcess] = []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world_size, store, theirs), daemon=True)
@@ -109,6 +112,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
 
     install()  # before a test imports megatron
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: the collections between the tests need not look at it
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
@@ -127,7 +131,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
             continue
         try:
             fn(rank, world_size, *args)
-            gc.collect()  # its models lie in cycles and hold process groups, whose threads wake 100 times a second
+            gc.collect()  # its models lie in cycles and hold process groups with their threads
             pipe.send(None)
         except BaseException:
             pipe.send(traceback.format_exc())
