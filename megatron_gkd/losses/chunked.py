@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from megatron_gkd.losses.combine import Sum
 from megatron_gkd.losses.comparison import InFlight, Joined, joined_rows
 from megatron_gkd.losses.softmax import accumulation_dtype, row_slices
+from megatron_gkd.platform.products import as_factor, matmul_into
 
 HeadGradient = Callable[[Tensor, Tensor], Tensor | None]
 """(gradient of the head [V, H], factor) takes factor * gradient; returns what autograd gets instead of it."""
@@ -41,14 +42,10 @@ class Layer(NamedTuple):
         hidden_TH, head_VH = self.hidden_TH, self.head_VH[:num_columns]
         slices = list(row_slices(hidden_TH.shape[0], tokens_per_chunk))
         shape = min(hidden_TH.shape[0], tokens_per_chunk), num_columns
-        product_CV = None if dtype == hidden_TH.dtype else hidden_TH.new_empty(shape)
         buffers = [hidden_TH.new_empty(shape, dtype=dtype) for _ in slices[:num_alive]]
         for rows, buffer_CV in zip(slices, cycle(buffers), strict=False):
             logits_CV = buffer_CV[: rows.stop - rows.start]
-            if product_CV is None:
-                torch.mm(hidden_TH[rows], head_VH.t(), out=logits_CV)
-            else:
-                logits_CV.copy_(torch.mm(hidden_TH[rows], head_VH.t(), out=product_CV[: len(logits_CV)]))
+            matmul_into(logits_CV, hidden_TH[rows], head_VH.t())
             yield self._finish_(logits_CV)
 
     def _finish_(self, logits_CV: Tensor) -> Tensor:
@@ -251,19 +248,15 @@ class _Gradients:
         return self._of_hidden_TH, self._of_head_VH, self._of_bias_V
 
     def add(self, rows: slice, grad_CV: Tensor) -> None:
-        """Apply the chain rule of logits = hidden @ head^T + bias, with both products in the dtype of the inputs."""
+        """Apply the chain rule of logits = hidden @ head^T + bias."""
         if self._of_bias_V is not None:
             self._of_bias_V[: self._num_columns].add_(grad_CV.sum(0))
-        grad_CV = grad_CV.to(self._hidden_TH.dtype)
+        factor_CV = as_factor(grad_CV, self._hidden_TH)
         if self._of_hidden_TH is not None:
-            torch.mm(grad_CV, self._head_VH, out=self._of_hidden_TH[rows])
-        if self._of_head_VH is None:
-            return
-        sum_VH = self._of_head_VH[: self._num_columns]
-        if sum_VH.dtype == grad_CV.dtype:
-            sum_VH.addmm_(grad_CV.t(), self._hidden_TH[rows])
-        else:
-            sum_VH.add_(grad_CV.t() @ self._hidden_TH[rows])
+            matmul_into(self._of_hidden_TH[rows], factor_CV, self._head_VH)
+        if self._of_head_VH is not None:
+            sum_VH = self._of_head_VH[: self._num_columns]
+            matmul_into(sum_VH, factor_CV.t(), self._hidden_TH[rows], add=True)
 
 
 def _zero_sums(parameter: Tensor) -> Tensor:
