@@ -29,6 +29,8 @@ from megatron_gkd.losses.softmax import (
     split_over,
 )
 
+_LOGITS_PER_CHUNK = 2**24
+
 
 def linear_distill_loss(
     student_TH: Tensor,
@@ -172,6 +174,11 @@ def linear_cross_entropy(
     return _solve(student, problem, token_weight_T)
 
 
+def suitable_tokens_per_chunk(num_columns: int) -> int:
+    """Rows whose logits take 64 MiB in float32; not so few that the output layer's products get slow, nor ever too many."""
+    return min(max(_LOGITS_PER_CHUNK // max(num_columns, 1), 256), 2048)
+
+
 def weighted_loss(
     student: Layer,
     goals: Sequence[Goal],
@@ -179,15 +186,18 @@ def weighted_loss(
     *,
     group: Group,
     valid_vocab_size: int | None,
-    tokens_per_chunk: int,
+    tokens_per_chunk: int | None,
     take_head_gradient: HeadGradient | None = None,
 ) -> tuple[WeightedLoss, tuple[str, ...]]:
     """The weighted sum over tokens of any goals together, and the names of its details.
 
     The training path: one product with the student's head for each chunk, gradients made in the forward. See
-    ``chunked.solve_weighted`` for ``take_head_gradient``.
+    ``chunked.solve_weighted`` for ``take_head_gradient``. Without ``tokens_per_chunk`` it comes from the shape of the head,
+    whose shards are then of equal size.
     """
     group = split_over(group)
+    if tokens_per_chunk is None:
+        tokens_per_chunk = suitable_tokens_per_chunk(student.head_VH.shape[0])
     problem = _make_problem(student, goals, group, valid_vocab_size, tokens_per_chunk)
     result = solve_weighted(student, problem, token_weight_T, take_head_gradient)
     return result, problem.comparison.detail_names

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_gkd.config import GkdConfig
+from megatron_gkd.config import GkdConfig, load_hf_shapes
 from megatron_gkd.config.loss import LossConfig
 from megatron_gkd.losses.certificate import Case, CertificateError, certify
 from megatron_gkd.losses.chunked import HeadGradient, Layer, WeightedLoss
 from megatron_gkd.losses.goals import Goal, entry_goal, label_goal, logit_goal
-from megatron_gkd.losses.linear import weighted_loss
+from megatron_gkd.losses.linear import suitable_tokens_per_chunk, weighted_loss
 from megatron_gkd.losses.objective import Objective
 from megatron_gkd.losses.softmax import Group
 from megatron_gkd.parallel.collectives import any_rank
@@ -67,10 +67,16 @@ def case_of_run(config: GkdConfig) -> Case:
     return Case(
         objective=None if kind == "none" else make_objective(loss),
         dtype=DTYPES[config.train.precision],
-        tokens_per_chunk=loss.tokens_per_chunk,
+        tokens_per_chunk=loss.tokens_per_chunk or _suitable_tokens_per_chunk(config),
         sft_weight=loss.sft_weight,
         from_entries=kind not in ("megatron", "none"),
     )
+
+
+def _suitable_tokens_per_chunk(config: GkdConfig) -> int:
+    """As ``weighted_loss`` picks it, but for the padding of the vocabulary."""
+    vocab_size = load_hf_shapes(config.student.hf_folder).vocab_size
+    return suitable_tokens_per_chunk(vocab_size // config.student.parallel.tensor_model_parallel_size)
 
 
 def certify_run(config: GkdConfig, groups: ModelGroups, device: torch.device) -> None:

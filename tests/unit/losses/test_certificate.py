@@ -16,6 +16,7 @@ from megatron_gkd.losses import certificate, reference
 from megatron_gkd.losses.certificate import Case, certify
 from megatron_gkd.losses.objective import Objective
 from megatron_gkd.train.loss import case_of_run
+from tests.unit.config.conftest import write_hf_config
 
 CPU = torch.device("cpu")
 
@@ -85,7 +86,7 @@ def test_the_tool_certifies_the_loss_of_a_run(in_this_process, config_file, tmp_
     file = tmp_path / "certificate.json"
     assert verify_loss.main(["--config", str(config_file), "--json", str(file)]) == 0
     (row,) = json.loads(file.read_text())["rows"]
-    assert (row["loss"], row["dtype"], row["tokens_per_chunk"]) == ("forward_kl", "bfloat16", 256)
+    assert (row["loss"], row["dtype"], row["tokens_per_chunk"]) == ("forward_kl", "bfloat16", 2048)
 
 
 def test_a_wrong_loss_gives_exit_code_1_and_is_marked(monkeypatch, capsys):
@@ -117,5 +118,23 @@ def test_a_wrong_loss_gives_exit_code_1_and_is_marked(monkeypatch, capsys):
 def test_the_loss_of_a_run_is_what_is_certified(config_file, overrides, name):
     case = case_of_run(load_config(config_file, overrides))
     assert str(case) == name
-    assert (case.dtype, case.tokens_per_chunk) == (torch.bfloat16, 256)
+    assert case.dtype == torch.bfloat16
     assert certify(case, group=None, device=CPU).is_passed
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "overrides", "expected"),
+    [
+        (1003, [], 2048),
+        (24_576, [], 682),
+        (49_152, ["student.parallel.tensor_model_parallel_size=2"], 682),
+        (151_936, [], 256),
+        (151_936, ["loss.tokens_per_chunk=40"], 40),
+    ],
+)
+def test_the_chunk_is_picked_from_the_vocabulary_of_a_rank(
+    config_file, tree, vocab_size, overrides, expected
+):
+    for model in ("student", "teacher"):
+        write_hf_config(Path(tree[model]["hf"]), vocab_size=vocab_size)
+    assert case_of_run(load_config(config_file, overrides)).tokens_per_chunk == expected
