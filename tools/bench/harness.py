@@ -57,6 +57,7 @@ def refuse_if_busy(force: bool) -> None:
 
 def on_ranks(tp_size: int, measure: Callable[..., list[dict[str, Any]]], *args: Any) -> list[dict[str, Any]]:
     """What rank 0 of ``measure(rank, tp_size, *args)`` returns; ranks are processes with one thread in a gloo group."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("spawn")
         places = [(rank, tp_size, folder, measure, args) for rank in range(tp_size)]
