@@ -1,6 +1,6 @@
 """The small problem that a loss is certified on: inputs equal on all ranks, and the shard of one rank.
 
-Inputs lie on a binary grid on which float32 (and bfloat16) form the logits without rounding in any order.
+Inputs lie on a binary grid that bfloat16 holds, and on which float32 forms the logits without rounding in any order.
 
 Shapes: T = tokens, V = vocabulary entries held by this rank, H = hidden size, K = known entries.
 """
@@ -18,7 +18,7 @@ TOP_K = 9
 _HIDDEN, _TEACHER_HIDDEN = 32, 48
 _CANDIDATES_PER_TOKEN = 8
 _MIN_TOKENS = 64
-"""With few numbers the rounding of a gradient to bfloat16, 1.7e-3 of it in the mean, can be above its bound of 2e-3."""
+"""The rounding of a gradient to bfloat16 has its mean, 1.7e-3, only over many numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Case:
     @property
     def num_tokens(self) -> int:
         """Full chunks, more than one if they are small, and a last one that is not full (unless a chunk is one token)."""
-        num_full = max(1, _MIN_TOKENS // self.tokens_per_chunk)
+        num_full = -(-_MIN_TOKENS // self.tokens_per_chunk)
         return num_full * self.tokens_per_chunk + max(1, min(self.tokens_per_chunk // 3, 40))
 
     def __str__(self) -> str:

@@ -190,7 +190,7 @@ class _WeightedSum(torch.autograd.Function):
         """One number for all tokens."""
 
         def scaled(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-            return None if grad is None else (grad * upstream.to(grad.dtype)).to(dtype)
+            return None if grad is None else (grad.to(upstream.dtype) * upstream).to(dtype)
 
         (hidden_TH, head_VH, bias_V), (hidden_dtype, head_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         if head_VH is not None and ctx.take_head_gradient is not None:

@@ -2,7 +2,8 @@
 
 Megatron-Core names the device in four ways: ``torch.cuda.*`` calls, the CUDA random generator,
 ``device="cuda"`` in tensor factories, and ``torch.cuda.*Tensor`` type names. Each is mapped to the CPU
-once, in torch; no Megatron function is replaced. Checked with megatron-core 0.16.1.
+once, in torch; no Megatron function is replaced. Checked with megatron-core 0.16.1. The gloo groups that stand in for NCCL's
+share a network thread.
 
 In a process prepared like this ``torch.cuda.current_device()`` returns a ``torch.device`` and
 ``Tensor.type()`` answers with a CUDA type name.

@@ -6,6 +6,7 @@ groups, so the later groups get the first one's.
 """
 
 import functools
+import os
 from typing import Any
 
 
@@ -16,18 +17,22 @@ def share_device() -> None:
     if not dist.is_gloo_available():
         return
     group_class: Any = dist.ProcessGroupGloo
-    make, first = group_class.__init__, []
+    make = group_class.__init__
+    first: dict[int, Any] = {}  # process -> options of its first group
 
     @functools.wraps(make)
-    def make_on_one_device(self, store, rank, size, *options, timeout=None):
-        if timeout is None:  # options of the caller's own
-            make(self, store, rank, size, *options)
-        elif not first:
+    def make_on_one_device(self, store, rank, size, *options, timeout=None, **named):
+        if timeout is None:  # options of the caller's own, or not made through torch's new_group
+            make(self, store, rank, size, *options, **named)
+            return
+        process = os.getpid()
+        if process not in first:  # a forked process has the object of the device, but not its thread
             make(self, store, rank, size, timeout=timeout)
-            first.append(self.options)
-        else:
-            shared = group_class._Options()
-            shared._devices, shared._threads, shared._timeout = first[0]._devices, first[0]._threads, timeout
-            make(self, store, rank, size, shared)
+            first[process] = self.options
+            return
+        shared = group_class._Options()
+        shared._devices, shared._threads = first[process]._devices, first[process]._threads
+        shared._timeout = timeout
+        make(self, store, rank, size, shared)
 
     group_class.__init__ = make_on_one_device

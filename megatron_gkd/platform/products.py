@@ -2,13 +2,17 @@
 
 CUDA's tensor cores multiply two half-precision factors into a float32 sum, which ``out_dtype`` hands out unrounded. A CPU
 has no such product in torch: there the half-precision factor is widened, a block at a time, and float32 is multiplied.
+
+Shapes: M and N = rows and columns of a product, K = the dimension that is summed.
 """
 
 import torch
 from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
-_BLOCK = 4096  # rows or columns of a factor that are widened at one time
+
+_BLOCK = 4096
+"""Rows or columns of a factor that are widened at one time."""
 
 
 def as_factor(x: Tensor, partner: Tensor) -> Tensor:
@@ -51,4 +55,4 @@ def _widened_matmul_into(out: Tensor, left: Tensor, right: Tensor, add: bool) ->
 
 
 def _blocks(size: int) -> list[slice]:
-    return [slice(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK)]
+    return [slice(start, min(start + _BLOCK, size)) for start in range(0, max(size, 1), _BLOCK)]

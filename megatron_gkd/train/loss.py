@@ -18,6 +18,7 @@ from megatron_gkd.losses.goals import Goal, entry_goal, label_goal, logit_goal
 from megatron_gkd.losses.linear import suitable_tokens_per_chunk, weighted_loss
 from megatron_gkd.losses.objective import Objective
 from megatron_gkd.losses.softmax import Group
+from megatron_gkd.models.gpt import padded_vocab_size
 from megatron_gkd.parallel.collectives import any_rank
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.teacher.signal import Signal, TopKSignal
@@ -74,9 +75,12 @@ def case_of_run(config: GkdConfig) -> Case:
 
 
 def _suitable_tokens_per_chunk(config: GkdConfig) -> int:
-    """As ``weighted_loss`` picks it, but for the padding of the vocabulary."""
-    vocab_size = load_hf_shapes(config.student.hf_folder).vocab_size
-    return suitable_tokens_per_chunk(vocab_size // config.student.parallel.tensor_model_parallel_size)
+    """As ``weighted_loss`` picks it from the student's head."""
+    section = config.student
+    tp_size = section.parallel.tensor_model_parallel_size
+    vocab_size = load_hf_shapes(section.hf_folder).vocab_size
+    padded = padded_vocab_size(vocab_size, divisible_by=section.make_vocab_size_divisible_by, tp_size=tp_size)
+    return suitable_tokens_per_chunk(padded // tp_size)
 
 
 def certify_run(config: GkdConfig, groups: ModelGroups, device: torch.device) -> None:

@@ -1,13 +1,14 @@
 """The pool that all distributed tests rely on: it computes, it names what fails, and it recovers."""
 
 import os
+import sys
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import PRELOADED, RankPool
 
 
 def add_ranks(rank: int, world_size: int, expected: float) -> None:
@@ -41,6 +42,14 @@ def use_megatron_collectives(rank: int, world_size: int) -> None:
         assert parallel_state.get_tensor_model_parallel_rank() == rank
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def expect_imports(rank: int, world_size: int) -> None:
+    assert PRELOADED in sys.modules
+
+
+def test_a_rank_is_forked_from_a_process_that_has_imported_megatron(run_on_ranks):
+    run_on_ranks(1, expect_imports)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])

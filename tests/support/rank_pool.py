@@ -1,7 +1,8 @@
 """Gloo ranks that many tests use. They are forked from a server that has imported torch and Megatron once per session.
 
 The ranks meet through a file, so no port can collide. A rank that fails or dies is named, and the pool
-restarts, because the other ranks may still sit in a collective with it.
+restarts, because the other ranks may still sit in a collective with it. The ranks share a hash seed, unlike those of a
+job: an order that depends on it shows in the end-to-end tests only.
 """
 
 import datetime
@@ -19,7 +20,7 @@ from typing import Any
 import psutil
 
 MAX_THREADS = 200
-"""Of a rank. What tests leave behind adds up: hundreds of idle threads take the cores from the tests."""
+"""Of a rank. What tests leave behind adds up: two threads for each gloo group that is not destroyed."""
 
 PRELOADED = "tests.support.rank_imports"
 

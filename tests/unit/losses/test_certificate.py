@@ -15,6 +15,7 @@ from megatron_gkd.config import load_config
 from megatron_gkd.losses import certificate, reference
 from megatron_gkd.losses.certificate import Case, certify
 from megatron_gkd.losses.objective import Objective
+from megatron_gkd.platform import products
 from megatron_gkd.train.loss import case_of_run
 from tests.unit.config.conftest import write_hf_config
 
@@ -27,6 +28,24 @@ def test_every_loss_is_that_of_float64(dtype, tokens_per_chunk):
     for how in verify_loss._losses(None):
         result = certify(Case(dtype=dtype, tokens_per_chunk=tokens_per_chunk, **how), group=None, device=CPU)
         assert result.is_passed, str(result)
+        assert max(result.student_error, result.head_error) <= 2e-3, str(result)
+
+
+@pytest.mark.parametrize("tokens_per_chunk", [1, 5, 33, 40, 63, 64, 300])
+def test_the_problem_has_enough_tokens_and_a_last_chunk_that_is_not_full(tokens_per_chunk):
+    case = Case(objective=None, tokens_per_chunk=tokens_per_chunk)
+    assert case.num_tokens > 64
+    assert tokens_per_chunk == 1 or case.num_tokens % tokens_per_chunk
+
+
+def test_a_gradient_of_the_logits_that_is_rounded_too_stays_within_the_bound(monkeypatch):
+    monkeypatch.setattr(products, "rounds_factors", lambda device: True)
+    errors = []
+    for how in verify_loss._losses(None):
+        result = certify(Case(dtype=torch.bfloat16, tokens_per_chunk=32, **how), group=None, device=CPU)
+        assert result.is_passed, str(result)
+        errors.append(result.head_error)
+    assert max(errors) > 2e-3  # so it was rounded
 
 
 def test_the_reference_shares_no_code_with_the_losses():

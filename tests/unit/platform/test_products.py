@@ -48,6 +48,17 @@ def test_what_was_in_the_result_does_not_matter():
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_a_product_of_nothing_is_zero(dtype):
+    left, right = torch.empty(3, 0), torch.empty(0, 5, dtype=torch.bfloat16)
+    out = torch.full((3, 5), float("nan"), dtype=dtype)
+    matmul_into(out, left, right)
+    assert out.eq(0).all()
+    out.fill_(2.0)
+    matmul_into(out, left, right, add=True)
+    assert out.eq(2).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_product_in_one_format_allocates_nothing(dtype):
     left, right, out = random(4, 6, dtype=dtype), random(6, 20, dtype=dtype), torch.empty(4, 20, dtype=dtype)
