@@ -164,9 +164,10 @@ def test_bf16_training_is_close_to_that_of_one_rank(run_on_ranks, models, refere
     job = _write(tmp_path / case.model, case, models[case.model], precision="bf16")
     run_on_ranks(case.num_ranks, _train, [(job, NUM_STEPS)], case)
     errors = _errors(_read(job), references[case.model, "bf16"])
-    assert errors.loss <= 2e-2, errors
-    assert errors.grad_norm <= 5e-2, errors
-    assert errors.gradient <= 1e-1, errors
+    # measured: 3.5e-3 nats, 3.6e-3 and 2.2e-2; another layout adds in another order, and each sum is rounded
+    assert errors.loss <= 1e-2, errors
+    assert errors.grad_norm <= 1e-2, errors
+    assert errors.gradient <= 5e-2, errors
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
