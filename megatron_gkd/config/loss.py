@@ -67,7 +67,8 @@ class LossConfig(Config):
     1 goes with teacher.kind=none."""
     tokens_per_chunk: int | None = Field(default=None, ge=1)
     """Tokens of a chunk, of which logits exist at the same time (of two chunks where tensor parallelism lets the collectives
-    of one run beside the products of the next); smaller saves memory. Null: as many as make 16 M logits on a rank, between 256 and 2048."""
+    of one run beside the products of the next); smaller saves memory. Null: as many as make 16 M logits on a rank, between
+    256 and 2048."""
     backend: Backend = "auto"
     """What computes the passes over the logits with support=full: eager, plain torch; compiled, the same fused by
     torch.compile, faster on a CPU with a C++ compiler, but compiling takes some 30 s once; triton, kernels for a GPU. auto:
