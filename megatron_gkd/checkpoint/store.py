@@ -30,6 +30,7 @@ from megatron_gkd.checkpoint.integrity import (
     sync_folder,
     write_manifest,
 )
+from megatron_gkd.checkpoint.results_queue import keep_results_through_signals
 from megatron_gkd.checkpoint.retention import UNFINISHED, find_best, link_best, remove_superseded
 from megatron_gkd.checkpoint.side_files import copy_side_files, replace_tokenizer
 from megatron_gkd.checkpoint.space import require_space
@@ -125,6 +126,7 @@ class CheckpointStore:
             LORA: _adapters_of(model),
             "metrics": self._noted_metrics(metrics or {}),
         }
+        keep_results_through_signals()
         request = dist_checkpointing.save(
             sharded, str(unfinished / WEIGHTS), async_sharded_save=self._in_background
         )

@@ -80,7 +80,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_p
     }
     assert f"iteration {NUM_ITERATIONS}/{NUM_ITERATIONS} | loss " in output
 
-    # torchrun hands the signal to the ranks; these runs save in the background
+    # torchrun hands the signal to the ranks and all their children; these runs save in the background
     first = stop_a_run(config, parts, lambda process: process.send_signal(signal.SIGTERM))
     assert "SIGTERM" in first["reason"]
     (parts / "stop").write_text("meant for an earlier start")
@@ -104,10 +104,11 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_p
 
 
 def stop_a_run(config: Path, run: Path, ask: Callable[[subprocess.Popen], object]) -> dict:
-    """Start the run, ask it to stop after the first new iteration; its status after the end."""
+    """Start the run, ask it to stop after a new iteration and a first checkpoint; its status after the end."""
     log_file, num_before = run.with_suffix(".log"), len(read_metrics(run))
     process = launch(config, f"train.output_dir={run}", *IN_BACKGROUND, log_file=log_file)
-    wait_until(lambda: len(read_metrics(run)) > num_before, process, log_file, 200)
+    is_due = lambda: len(read_metrics(run)) > num_before and any(run.glob("checkpoints/iter_???????"))  # noqa: E731
+    wait_until(is_due, process, log_file, 200)
     ask(process)
     process.wait(60)  # torchrun itself fails when it was signalled
     status = read_status(run)

@@ -1,0 +1,61 @@
+"""What becomes of the queue's process when signals reach the whole process group, and when its owner is killed."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+# the signals begin before the process is there and go on while it starts
+UNDER_SIGNALS = """
+import itertools, os, signal, threading, time
+from megatron_gkd.checkpoint.results_queue import start_manager
+
+if __name__ == "__main__":
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: caught.append(number))
+
+    def send():
+        for number in itertools.cycle((signal.SIGTERM, signal.SIGINT)):
+            os.killpg(0, number)
+            time.sleep(0.01)
+
+    threading.Thread(target=send, daemon=True).start()
+    queue = start_manager().Queue()
+    num_caught = len(caught)
+    assert num_caught > 0, "signals that arrive meanwhile are not lost"
+    time.sleep(0.5)
+    assert len(caught) > num_caught, "nor later ones"
+    queue.put("written")
+    print(queue.get(), queue._manager._process.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_process_outlives_signals_but_not_its_owner(tmp_path):
+    script = tmp_path / "owner.py"
+    script.write_text(UNDER_SIGNALS)
+    owner = subprocess.run(
+        [sys.executable, script],
+        cwd=Path(__file__).parents[3],
+        env={"PYTHONPATH": str(Path(__file__).parents[3]), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=60,
+    )
+    assert owner.stdout.startswith("written "), owner.stderr
+    pid = int(owner.stdout.split()[1])
+    deadline = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
