@@ -3,7 +3,7 @@
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from harness import (
 
 # the smallest takes tens of milliseconds: a call's fixed cost of 2 to 3 would otherwise flatten the line
 COMMON = (2048, 16384)  # tokens, and vocabulary of one rank
-VOCABS = (16384, 32768, 65536, 131072)
+VOCABS = (8192, 16384, 32768, 65536)
 TOKENS = (1024, 2048, 4096, 8192)
 TP_SIZES = (1, 2)
 COUNTED_TP_SIZES = (2, 4)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Fit exponents of the loss's time and memory against vocabulary and tokens; count traffic.",
     )
     parser.add_argument("--divergence", nargs="+", default=["jsd", "forward_kl"], metavar="NAME")
-    parser.set_defaults(repeats=15)
+    parser.set_defaults(repeats=21)
     options = parser.parse_args(argv)
     refuse_if_busy(options.force)
     rows: list[dict[str, Any]] = []
@@ -62,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(rank: int, tp_size: int, divergences: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """One row for each size, with the fastest of its calls; in every round each size has a turn.
+    """One row for each size, with the fastest of its samples; in every round each size has a turn.
 
-    The fastest, because a machine that has slow seconds adds to a time and never takes from it. The memory holds both logits.
+    A sample is as many calls of its size as go through the logits of the largest: samples of all sizes take equally long, so that
+    none finds a fast second of the machine more easily, and read equally much memory. The memory of a row holds both logits.
     """
     sizes = sorted({(COMMON[0], vocab) for vocab in VOCABS} | {(tokens, COMMON[1]) for tokens in TOKENS})
     stores = _Stores(max(tokens * vocab for tokens, vocab in sizes))
@@ -72,13 +73,14 @@ def measure(rank: int, tp_size: int, divergences: Sequence[str], repeats: int) -
     for divergence in divergences:
         run = ours(divergence).make(tp_size)
         times: dict[tuple[int, int], list[float]] = {size: [] for size in sizes}
-        for i in range(repeats + 1):
-            for size in sizes[:: 1 if i % 2 else -1]:  # there and back: a drift of the machine cancels out
-                cpu_ms = timed(partial(run, *stores.filled(*size))).cpu_ms
-                if i > 0:  # the first one compiles
-                    times[size].append(cpu_ms)
+        for size in sizes:
+            run(*stores.filled(*size)[0])  # compiles
+        for i in range(repeats):
+            for size in sizes[:: -1 if i % 2 else 1]:  # there and back: a drift of the machine cancels out
+                inputs = stores.filled(*size)
+                times[size].append(timed(partial(_call_each, run, inputs)).cpu_ms / len(inputs))
         for size, own in times.items():
-            inputs = stores.filled(*size)
+            inputs = stores.filled(*size)[0]
             scratch, logits = peak_bytes(partial(run, *inputs)), sum(logits_TV.nbytes for logits_TV in inputs)
             rows.append(
                 {
@@ -95,6 +97,11 @@ def measure(rank: int, tp_size: int, divergences: Sequence[str], repeats: int) -
     return rows
 
 
+def _call_each(run: Callable[..., Any], inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for student_TV, teacher_TV in inputs:
+        run(student_TV, teacher_TV)
+
+
 class _Stores:
     """Memory of the largest logits (twice, and random numbers), used for all sizes: no call pays for fresh pages."""
 
@@ -102,23 +109,23 @@ class _Stores:
         self._random = torch.randn(size)
         self._student, self._teacher = torch.empty(size), torch.empty(size)
 
-    def filled(self, tokens: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the student, which ask for a gradient, and of the teacher."""
-        size = tokens * vocab
-        self._teacher[:size].copy_(self._random[:size])
-        torch.mul(self._random[:size], 0.7, out=self._student[:size])
-        self._random.sum()  # 1 GiB read: small logits are no more in the processor's cache than large ones
-        student_TV, teacher_TV = (
-            store[:size].view(tokens, vocab) for store in (self._student, self._teacher)
-        )
-        return student_TV.requires_grad_(), teacher_TV
+    def filled(self, tokens: int, vocab: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """All of it as logits of the student, which ask for a gradient, and of the teacher: as many pairs as it holds."""
+        self._teacher.copy_(self._random)
+        torch.mul(self._random, 0.7, out=self._student)
+        return [
+            (student.view(tokens, vocab).requires_grad_(), teacher.view(tokens, vocab))
+            for student, teacher in zip(
+                self._student.split(tokens * vocab), self._teacher.split(tokens * vocab), strict=True
+            )
+        ]
 
 
 def count_bytes(rank: int, tp_size: int, divergences: Sequence[str]) -> list[dict[str, Any]]:
     """What a rank sends for a token; the number depends on no clock and no back end."""
     rows = []
     for divergence in divergences:
-        run, inputs = ours(divergence, "eager").make(tp_size), _Stores(64 * 512).filled(64, 512)
+        run, inputs = ours(divergence, "eager").make(tp_size), _Stores(64 * 512).filled(64, 512)[0]
         with SentBytes() as sent:
             run(*inputs)
         rows.append({"divergence": divergence, "tp": tp_size, "bytes_per_token": sent.total / 64})
