@@ -14,6 +14,7 @@ from megatron_gkd.cli.outcome import REFUSED
 from megatron_gkd.config import ConfigError, GkdConfig, load_config
 from megatron_gkd.config.resume import check_resume
 from megatron_gkd.models.patterns import check_patterns
+from megatron_gkd.observability.run_lock import FolderInUseError, RunLock
 from megatron_gkd.platform.environment import Environment, Place
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,12 @@ def _dry_run(config: GkdConfig) -> int:
 
 def _train(config: GkdConfig) -> int:
     rank = int(os.environ.get("RANK", "0"))
+    lock = RunLock(config.train.output_dir)  # held until this process ends
+    try:
+        if rank == 0:
+            lock.acquire()
+    except FolderInUseError as error:
+        return _refuse(str(error), None)  # status.json is the other run's
     place = Place(config.train.output_dir, f"rank_{rank}")
     environment = Environment.of(config.runtime.env_vars, place)
     environment.make_folders()

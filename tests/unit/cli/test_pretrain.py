@@ -9,6 +9,7 @@ import pytest
 
 from megatron_gkd.cli.pretrain import main
 from megatron_gkd.config import load_config
+from megatron_gkd.observability.run_lock import RunLock
 from tests.support.launching import write_run_config
 
 ROOT = Path(__file__).parents[3]
@@ -40,6 +41,20 @@ def test_the_environment_is_set_before_torch_is_imported(tmp_path):
     )
     assert result.stdout == f"{tmp_path}/run/dumps/rank_0 shell\n", result.stderr
     assert (tmp_path / "run" / "dumps").is_dir()
+
+
+def test_a_second_launch_in_a_folder_leaves_the_first_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config, run = write_run_config(tmp_path), tmp_path / "run"
+    first = RunLock(run)
+    first.acquire()
+    (run / "stop").write_text("meant for the first")
+    assert main(["--config", str(config)]) == 2
+    assert (
+        f"refused: train.output_dir={str(run)!r} is in use by process {os.getpid()}"
+        in capsys.readouterr().err
+    )
+    assert sorted(file.name for file in run.iterdir()) == ["run.lock", "stop"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,83 @@
+"""One run at a time in a folder: the lock, whose it is, and when it is waited for."""
+
+import errno
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_gkd.observability import run_lock
+from megatron_gkd.observability.run_lock import FolderInUseError, RunLock
+
+ROOT = Path(__file__).parents[3]
+HOLD = (
+    "import sys, pathlib; from megatron_gkd.observability.run_lock import RunLock; lock = RunLock(pathlib.Path(sys.argv[1])); \
+lock.acquire(); print('held', flush=True); sys.stdin.read()"
+)
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """A process that holds the lock of ``tmp_path / 'run'``."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / "run"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_on_this_machine_is_refused_at_once_and_told_whose_the_folder_is(tmp_path, other_run):
+    with pytest.raises(FolderInUseError) as refusal:
+        RunLock(tmp_path / "run").acquire(lease_s=1e6)
+    message = str(refusal.value)
+    assert f"train.output_dir={str(tmp_path / 'run')!r}" in message
+    assert f"process {other_run.pid} on {socket.gethostname()}" in message
+    assert f"touch {tmp_path}/run/stop" in message
+
+
+def test_the_folder_is_free_when_its_run_was_killed(tmp_path, other_run):
+    other_run.kill()
+    other_run.wait()
+    lock = RunLock(tmp_path / "run")
+    lock.acquire(lease_s=0)
+    assert json.loads(lock.path.read_text())["pid"] == os.getpid()
+
+
+def test_the_lease_of_another_machine_is_waited_for(tmp_path, other_run, monkeypatch, caplog):
+    monkeypatch.setattr(run_lock, "POLL_S", 0.01)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "node-2")
+        with pytest.raises(FolderInUseError):
+            RunLock(tmp_path / "run").acquire(lease_s=0.05)
+        assert caplog.text.count("waiting up to 0 s") == 1, "said once"
+        elsewhere.setattr(run_lock.time, "sleep", lambda _: (other_run.kill(), other_run.wait()))
+        lock = RunLock(tmp_path / "run")
+        lock.acquire(lease_s=60)
+    assert json.loads(lock.path.read_text())["host"] == "node-2"
+
+
+def test_a_run_that_has_not_said_who_it_is_is_waited_for(tmp_path, other_run):
+    (tmp_path / "run" / "run.lock").write_text("")
+    with pytest.raises(FolderInUseError, match="a run that starts at this moment"):
+        RunLock(tmp_path / "run").acquire(lease_s=0)
+
+
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", refuse)
+    with caplog.at_level(logging.WARNING):
+        RunLock(tmp_path).acquire()
+    assert "cannot be locked ([Errno 37] No locks available)" in caplog.text
