@@ -46,7 +46,7 @@ class ServerSettings:
         has_random_weights: Do not read the model's weights: they are pushed before the first use, which the clients of
             this server insist on.
         is_deterministic: Honour ``sampling_seed``; without it SGLang ignores seeds silently.
-        api_key: Demanded from clients as bearer token. It is on SGLang's command line, which local users can see.
+        api_key: Demanded from clients as bearer token.
         environment: Variables set beyond the inherited ones.
         extra_args: Appended to SGLang's command line.
     """
@@ -84,10 +84,16 @@ class ServerSettings:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
-def server_command(settings: ServerSettings) -> list[str]:
-    """Arguments that start the server."""
+def server_command(settings: ServerSettings, key_file: Path | None = None) -> list[str]:
+    """Arguments that start the server.
+
+    Args:
+        settings: Of the server.
+        key_file: YAML file with its API key: every user of the machine can read a command line.
+    """
     command = [
         sys.executable, "-m", "sglang.launch_server",
+        *(("--config", str(key_file)) if key_file else ()),
         "--model-path", str(settings.model_folder),
         "--host", settings.host,
         "--port", str(settings.port),
@@ -106,8 +112,6 @@ def server_command(settings: ServerSettings) -> list[str]:
     if settings.is_deterministic:
         command.append("--enable-deterministic-inference")
     command += _cpu_arguments(settings) if settings.on_cpu else _gpu_arguments(settings)
-    if settings.api_key:
-        command += ["--api-key", settings.api_key]
     return [*command, *settings.extra_args]
 
 

@@ -1,5 +1,6 @@
 """Start, watch and stop an SGLang server."""
 
+import json
 import logging
 import os
 import random
@@ -7,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -38,10 +40,13 @@ PORTS = range(20_000, 32_000)
 class ServerProcess:
     """A running server. Use as a context manager, or call ``stop``; it also ends when this process does, however."""
 
-    def __init__(self, guard_process: subprocess.Popen, settings: ServerSettings, log_file: Path):
+    def __init__(
+        self, guard_process: subprocess.Popen, settings: ServerSettings, log_file: Path, key_file: Path | None
+    ):
         self.settings = settings
         self.log_file = log_file
         self._guard = guard_process
+        self._key_file = key_file
 
     @classmethod
     def start(cls, settings: ServerSettings, *, log_file: Path, start_timeout_s: float) -> "ServerProcess":
@@ -80,10 +85,13 @@ class ServerProcess:
             check_cpu_plugin()
         settings = settings if settings.port else replace(settings, port=find_free_port())
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        command = server_command(settings)
+        key_file = _write_key(settings.api_key) if settings.api_key else None
+        command = server_command(settings, key_file)
         log.info("Starting SGLang at %s, log in %s", settings.url, log_file)
-        log.debug("Command: %s", shlex.join(_without_secret(command, settings.api_key)))
+        log.debug("Command: %s", shlex.join(command))
         with log_file.open("ab") as output:
+            if settings.api_key:
+                os.fchmod(output.fileno(), 0o600)  # SGLang writes all its settings there
             guard_process = subprocess.Popen(
                 [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(STOP_GRACE_S), *command],
                 stdin=subprocess.DEVNULL,
@@ -92,7 +100,7 @@ class ServerProcess:
                 env=server_environment(settings, os.environ, available_cpus()),
                 start_new_session=True,  # Ctrl-C in a terminal reaches the trainer, which stops the server in order
             )
-        return cls(guard_process, settings, log_file)
+        return cls(guard_process, settings, log_file, key_file)
 
     @property
     def url(self) -> str:
@@ -134,6 +142,7 @@ class ServerProcess:
 
     def stop(self) -> None:
         """End the server and all its processes; harmless when it has ended already."""
+        self._remove_key_file()
         if self._guard.poll() is not None:
             return
         self._guard.terminate()
@@ -184,7 +193,12 @@ class ServerProcess:
                     )
             else:
                 log.info("SGLang is ready at %s after %.1f s", self.url, time.monotonic() - start)
+                self._remove_key_file()
                 return
+
+    def _remove_key_file(self) -> None:
+        if self._key_file is not None:
+            self._key_file.unlink(missing_ok=True)
 
 
 def find_free_port() -> int:
@@ -209,5 +223,9 @@ def is_free_port(host: str, port: int) -> bool:
     return True
 
 
-def _without_secret(command: list[str], secret: str | None) -> list[str]:
-    return ["***" if secret and word == secret else word for word in command]
+def _write_key(api_key: str) -> Path:
+    """A new file that this user alone can read, as SGLang wants it: YAML, of which JSON is a part."""
+    descriptor, name = tempfile.mkstemp(prefix="sglang-", suffix=".yaml")
+    with open(descriptor, "w", encoding="utf-8") as file:
+        json.dump({"api-key": api_key}, file)
+    return Path(name)

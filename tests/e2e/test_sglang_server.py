@@ -1,6 +1,7 @@
 """Our client and process control against real SGLang. Faults that a real server cannot be asked for: tests/unit/serving."""
 
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from megatron_gkd.platform.device import detect_platform
 from megatron_gkd.serving import (
     EngineDied,
+    EngineError,
     EngineReplyInvalid,
     Sampling,
     ServerProcess,
@@ -225,10 +227,13 @@ def test_two_ranks_with_pushed_weights_score_alike_and_when_killed_are_missed_wi
 
 
 def test_a_server_does_not_outlive_the_process_that_started_it(sglang_model, tmp_path):
-    """Through launch/serve.py, killed as torchrun kills its workers in the end."""
+    """Through launch/serve.py, killed as torchrun kills its workers in the end. Its key stays with this user."""
     command = [sys.executable, str(REPOSITORY / "launch" / "serve.py"), "--model", str(sglang_model)]
     command += ["--context-length", "64", "--num-threads", "1", "--log-file", str(tmp_path / "log")]
-    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
+    command += ["--api-key-env", "GKD_KEY"]
+    key = secrets.token_hex()
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "GKD_KEY": key}
+    environment |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
     launcher = subprocess.Popen(
         command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -236,11 +241,18 @@ def test_a_server_does_not_outlive_the_process_that_started_it(sglang_model, tmp
         assert launcher.stdout is not None
         url = launcher.stdout.readline().strip()
         client = SglangClient(
-            url, vocab_size=TOKENIZER_SIZE, request_timeout_s=30, max_retries=0, weight_version=0
+            url, vocab_size=TOKENIZER_SIZE, request_timeout_s=30, max_retries=0, weight_version=0, api_key=key
         )
         assert len(client.score(SEQUENCES)) == len(SEQUENCES)
         processes = psutil.Process(launcher.pid).children(recursive=True)
         assert len(processes) >= 3
+        assert not [p for p in processes if any(key in word for word in p.cmdline())]
+        assert not list(tmp_path.glob("*.yaml")), "the file with the key is gone once it was read"
+        assert (tmp_path / "log").stat().st_mode & 0o77 == 0
+        with pytest.raises(EngineError, match="401"):
+            SglangClient(url, vocab_size=TOKENIZER_SIZE, request_timeout_s=30, max_retries=0).check_settings(
+                num_sequence_tokens=10
+            )
     finally:
         launcher.kill()
         launcher.wait()

@@ -22,8 +22,10 @@ def test_only_this_machine_reaches_the_server_unless_a_key_is_given(model_folder
     for host in ("0.0.0.0", "::", "10.0.0.1", "node7"):
         with pytest.raises(ValueError, match="API key"):
             ServerSettings(model_folder, 64, host=host)
-        command = server_command(ServerSettings(model_folder, 64, host=host, api_key="k"))
-        assert value_of(command, "--api-key") == "k"
+        settings = ServerSettings(model_folder, 64, host=host, api_key="secret")
+        command = server_command(settings, Path("/tmp/key.yaml"))
+        assert value_of(command, "--config") == "/tmp/key.yaml"
+        assert not [word for word in command if "secret" in word]
 
 
 def test_seeds_are_honoured_by_default(model_folder):

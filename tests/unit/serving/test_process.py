@@ -27,7 +27,9 @@ def start(tmp_path, monkeypatch):
 
     def run(code: str, **arguments) -> ServerProcess:
         monkeypatch.setattr(
-            process, "server_command", lambda settings: [sys.executable, "-c", code, str(settings.port)]
+            process,
+            "server_command",
+            lambda settings, key_file: [sys.executable, "-c", code, str(settings.port)],
         )
         settings = ServerSettings(tmp_path, 64)
         return ServerProcess.start(
