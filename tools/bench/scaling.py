@@ -141,14 +141,14 @@ def make_gates(rows: Sequence[dict[str, Any]]) -> list[Gate]:
     few, many = COUNTED_TP_SIZES
     growth = max(sent[name, many] / sent[name, few] for name in {name for name, _ in sent})
     gates = []
-    for measured, name in (("cpu_ms", "time"), ("memory_bytes", "memory")):
+    for measured, prefix in (("cpu_ms", ""), ("memory_bytes", "memory_")):
         for grown, fixed, value in (
             ("vocab_per_rank", "tokens", COMMON[0]),
             ("tokens", "vocab_per_rank", COMMON[1]),
         ):
             exponents = [_exponent(part, grown, measured) for part in _parts(timed_rows, fixed, value)]
             worst = max(exponents, key=lambda exponent: abs(exponent - 1))
-            gate = f"{name}_exponent_{grown.partition('_')[0]}"
+            gate = f"{prefix}exponent_{grown.partition('_')[0]}"
             gates += [Gate(gate, worst, 1.05, "<="), Gate(gate, worst, 0.95, ">=")]
     gates.append(Gate("scratch_share", max(row["scratch_share"] for row in timed_rows), 0.05, "<="))
     return [*gates, Gate("bytes_growth_tp", growth, 1.0, "<=")]
