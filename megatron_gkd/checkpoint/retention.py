@@ -5,7 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
-from megatron_gkd.checkpoint.integrity import MANIFEST, read_manifest
+from megatron_gkd.checkpoint.integrity import MANIFEST, CheckpointError, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -13,6 +13,8 @@ BEST = "best"
 """Link beside the checkpoints to the best of them."""
 UNFINISHED = ".tmp"
 """Ending of a folder that is being written or removed; it is never chosen."""
+SUPERSEDED = "superseded"
+"""Folder beside the checkpoints for those that a run did not continue; nothing reads it."""
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -25,10 +27,50 @@ def find_best(folder: Path, metric: str) -> Path | None:
     """The checkpoint with the lowest finite value of ``metric``, the newest of equal ones; ``None`` if none has one."""
     best, lowest = None, math.inf
     for checkpoint in complete_checkpoints(folder):
-        value = read_manifest(checkpoint).get("metrics", {}).get(metric)
+        try:
+            value = read_manifest(checkpoint).get("metrics", {}).get(metric)
+        except CheckpointError as error:
+            log.warning("This checkpoint cannot be the best: %s", error)
+            continue
         if value is not None and math.isfinite(value) and value <= lowest:
             best, lowest = checkpoint, value
     return best
+
+
+def set_aside_after(folder: Path, iteration: int) -> None:
+    """Move all checkpoints of later iterations to ``superseded/``: this run goes on without them.
+
+    Left where they are, they would be taken for the newest, by retention and by the next resume.
+    """
+    later = [
+        p for p in sorted(folder.glob("iter_*")) if p.suffix != UNFINISHED and _iteration_of(p) > iteration
+    ]
+    for checkpoint in later:
+        target = _free_name(folder / SUPERSEDED / checkpoint.name)
+        target.parent.mkdir(exist_ok=True)
+        checkpoint.rename(target)
+        log.warning(
+            "Training goes on from iteration %d: moved %s to %s; remove it if you do not need it",
+            iteration,
+            checkpoint.name,
+            target,
+        )
+    link = folder / BEST
+    if link.is_symlink() and not link.exists():
+        link.unlink()
+
+
+def _iteration_of(checkpoint: Path) -> float:
+    digits = checkpoint.name.removeprefix("iter_")
+    return int(digits) if digits.isdecimal() else math.inf
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{path.name.partition('.')[0]}.{number}")
+    return path
 
 
 def link_best(best: Path) -> None:

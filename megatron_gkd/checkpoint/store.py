@@ -31,7 +31,13 @@ from megatron_gkd.checkpoint.integrity import (
     write_manifest,
 )
 from megatron_gkd.checkpoint.results_queue import keep_results_through_signals
-from megatron_gkd.checkpoint.retention import UNFINISHED, find_best, link_best, remove_superseded
+from megatron_gkd.checkpoint.retention import (
+    UNFINISHED,
+    find_best,
+    link_best,
+    remove_superseded,
+    set_aside_after,
+)
 from megatron_gkd.checkpoint.side_files import copy_side_files, replace_tokenizer
 from megatron_gkd.checkpoint.space import require_space
 from megatron_gkd.checkpoint.weights import HF_FILES, LORA, WEIGHTS, fill_model
@@ -45,6 +51,7 @@ from megatron_gkd.parallel.groups import ModelGroups
 log = logging.getLogger(__name__)
 
 _RNG = "rng_state"
+_DEVICE_RNG = "device"
 
 
 class CheckpointStore:
@@ -101,7 +108,7 @@ class CheckpointStore:
             model: This rank's part of the student.
             optimizer: Its optimizer.
             state: Counters, position of the loader, configuration.
-            metrics: Newest values of the metrics; only the one that marks the best checkpoint is used.
+            metrics: Metrics of this iteration; only the one that marks the best checkpoint is used.
 
         Raises:
             NoSpaceError: The disk has no room; nothing was written.
@@ -166,32 +173,49 @@ class CheckpointStore:
         log.info("Saved %s in %.1f s", final, time.perf_counter() - start)
 
     def find_newest_valid(self) -> Path | None:
-        """The checkpoint of the highest iteration whose files match its manifest. Collective over all ranks.
+        """The checkpoint of the highest iteration whose files match its manifest; ``None`` if there is none at all.
 
-        Damaged or unfinished ones are passed over with a warning.
+        Damaged ones are passed over with a warning, unfinished ones in silence. Collective over all ranks.
+
+        Raises:
+            CheckpointError: All are damaged.
         """
         names = broadcast_json(sorted(p.name for p in self._folder.glob("iter_*")), device=self._device)
-        for name in reversed([n for n in names if not n.endswith(UNFINISHED)]):
+        finished, damages = [name for name in names if not name.endswith(UNFINISHED)], []
+        for name in reversed(finished):
             damage = check_everywhere(self._folder / name, device=self._device)
             if damage is None:
                 return self._folder / name
             log.warning("Passing over checkpoint %s: %s", name, damage)
+            damages.append(f"{name}: {damage}")
+        if damages:
+            raise CheckpointError(
+                f"none of the {len(damages)} checkpoints in {self._folder} is whole ({damages[0]}); put a copy back, or start "
+                "anew with checkpoint.resume=false, which moves them aside"
+            )
         return None
+
+    def set_aside_after(self, iteration: int) -> None:
+        """Move checkpoints of later iterations aside, for this run goes on without them. Collective over all ranks."""
+        if dist.get_rank() == 0:
+            set_aside_after(self._folder, iteration)
+        dist.barrier()
 
     def load(self, folder: Path, model: LocalModel, optimizer: MegatronOptimizer) -> dict[str, Any]:
         """Fill model, optimizer and random state; returns the JSON state. Collective over all ranks.
 
-        The random state is restored only into the layout that saved it (it is unused without dropout).
+        The random state is restored only into the layout, and on the kind of device, that saved it (it is unused without
+        dropout and drawn supports).
         """
         manifest = read_manifest(folder)
         _check_same_adapters(folder, manifest, model)
-        same_layout = manifest.get("layout") == self._facts(0)["layout"]
+        same_layout = all(manifest.get(key) == self._facts(0)[key] for key in ("layout", "device"))
         wanted = self._sharded(model, optimizer, with_rng=same_layout, is_loading=True)
         loaded: Any = dist_checkpointing.load(wanted, str(folder / WEIGHTS))
         fill_model(model, loaded["model"], folder)
         load_optimizer_state(optimizer, loaded["optimizer"])
         if same_layout:
-            _set_rng_state(loaded[_RNG])
+            _set_rng_state(loaded[_RNG], self._device)
         return json.loads((folder / STATE_FILE).read_text())
 
     def _noted_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -199,9 +223,7 @@ class CheckpointStore:
         if name is None:
             return {}
         if name not in metrics:
-            log.warning(
-                "checkpoint.keep_best_metric=%s has no value yet; this checkpoint cannot be the best", name
-            )
+            log.info("%s was not measured in this iteration: its checkpoint cannot be the best", name)
             return {}
         return {name: metrics[name]} if math.isfinite(metrics[name]) else {}
 
@@ -221,7 +243,7 @@ class CheckpointStore:
         )
         state = {"model": weights, "optimizer": of_optimizer}
         if with_rng:
-            state[_RNG] = _sharded_rng_state(self._groups)
+            state[_RNG] = _sharded_rng_state(self._device)
         return state
 
     def _facts(self, iteration: int) -> dict[str, Any]:
@@ -230,6 +252,7 @@ class CheckpointStore:
             "kind": "training",
             "iteration": iteration,
             "dtype": str(self._dtype).removeprefix("torch."),
+            "device": self._device.type,
             "layout": {"tp_size": layout.tp_size, "pp_size": layout.pp_size, "num_ranks": layout.num_ranks},
         }
 
@@ -250,25 +273,29 @@ def _check_same_adapters(folder: Path, manifest: dict[str, Any], model: LocalMod
         )
 
 
-def _sharded_rng_state(groups: ModelGroups) -> dict[str, ShardedTensor]:
+def _sharded_rng_state(device: torch.device) -> dict[str, ShardedTensor]:
     """Random state of every rank as rows of byte tensors; no pickled objects."""
     rank, world = dist.get_rank(), dist.get_world_size()
     return {
         name: ShardedTensor.from_rank_offsets(f"{_RNG}.{name}", value.unsqueeze(0), (0, rank, world))
-        for name, value in _rng_state().items()
+        for name, value in _rng_state(device).items()
     }
 
 
-def _rng_state() -> dict[str, torch.Tensor]:
+def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     state = {"default": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[_DEVICE_RNG] = torch.get_device_module(device).get_rng_state(device)
     tracker: Any = tensor_parallel.get_cuda_rng_tracker()
     for name, value in tracker.get_states().items():
         state[name] = value.cpu()
     return state
 
 
-def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    rows = {name: value[0] for name, value in state.items()}
+def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    rows = {name: value[0].cpu() for name, value in state.items()}
     torch.set_rng_state(rows.pop("default"))
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(rows.pop(_DEVICE_RNG), device)
     tracker: Any = tensor_parallel.get_cuda_rng_tracker()
     tracker.set_states(rows)

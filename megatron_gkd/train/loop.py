@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -56,10 +57,16 @@ class Trainer:
     saved_iteration: int = 0
 
     def resume(self) -> None:
-        """Continue from the newest valid checkpoint, if the configuration says so and there is one. Collective."""
+        """Continue from the newest valid checkpoint, if the configuration says so and there is one. Collective.
+
+        Checkpoints of later iterations, damaged or of an earlier run, are moved aside.
+        """
         found = self.store.find_newest_valid() if self.config.checkpoint.resume else None
-        if found is None:
-            return
+        if found is not None:
+            self._load(found)
+        self.store.set_aside_after(self.state.iteration)
+
+    def _load(self, found: Path) -> None:
         for change in permitted_changes(found, self.config):
             log.info("Changed since the checkpoint: %s", change)
         stored = self.store.load(found, self.student.model, self.student.optimizer)
@@ -207,12 +214,19 @@ class Trainer:
             )
 
     def _is_validation_due(self) -> bool:
-        interval, iteration = self.config.evaluation.interval, self.state.iteration
-        return iteration == self.config.train.train_iters or (interval > 0 and iteration % interval == 0)
+        marks_best = self.config.checkpoint.keep_best_metric == "validation/loss"
+        return (
+            self.state.iteration == self.config.train.train_iters
+            or self._is_multiple_of(self.config.evaluation.interval)
+            or (marks_best and self._is_multiple_of(self.config.checkpoint.save_interval))
+        )
+
+    def _is_multiple_of(self, interval: int) -> bool:
+        return interval > 0 and self.state.iteration % interval == 0
 
     def _save_if_due(self) -> None:
         interval = self.config.checkpoint.save_interval
-        if interval == 0 or self.state.iteration % interval:
+        if not self._is_multiple_of(interval):
             return
         try:
             self.save()

@@ -24,7 +24,7 @@ GIB = 2**30
 class Records:
     """The records of one run; files are written by the leader only.
 
-    ``latest`` holds the newest value of every metric, on all ranks.
+    ``latest`` holds the metrics of the last iteration, on all ranks.
 
     Args:
         config: The run's configuration.
@@ -80,7 +80,7 @@ class Records:
             [m.value for m in metrics], [m.reduce for m in metrics], device=self._world.device
         )
         by_name = {metric.name: value for metric, value in zip(metrics, values, strict=True)}
-        self.latest.update(by_name)
+        self.latest = by_name
         line = self._progress.finish(
             state.iteration, loss=by_name["loss"], lag=int(by_name["lag"]), num_tokens=int(by_name["tokens"])
         )

@@ -162,7 +162,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_for_the_one_before(run_on
     (folder / "iter_0000008/state.json").unlink()
     run_on_ranks(2, _expect_newest, folder, good, ["0000004", "0000005", "0000006", "0000007", "0000008"])
     shutil.rmtree(good)
-    run_on_ranks(2, _expect_newest, folder, None, ["0000004"])
+    run_on_ranks(2, _expect_all_damaged, folder)
     run_on_ranks(2, _expect_newest, tmp_path / "nothing", None, [])
 
 
@@ -455,6 +455,18 @@ def _expect_newest(
     messages = [record.getMessage() for record in records]
     for name in warned:
         assert sum(f"Passing over checkpoint iter_{name}: " in text for text in messages) == 1, messages
+
+
+def _expect_all_damaged(rank: int, world_size: int, folder: Path) -> None:
+    from megatron_gkd.checkpoint.integrity import CheckpointError
+    from megatron_gkd.checkpoint.store import CheckpointStore
+
+    with student_groups(TP2) as groups:
+        store = CheckpointStore(folder, hf_files=folder, groups=groups, dtype=torch.float32, device=CPU)
+        with pytest.raises(
+            CheckpointError, match=r"none of the 5 .* is whole \(iter_0000008: .*checkpoint\.resume=false"
+        ):
+            store.find_newest_valid()
 
 
 def _store(config, student, name: str = "checkpoints", **options):

@@ -6,6 +6,7 @@ tests/distributed.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,8 +88,14 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_p
     second = stop_a_run(config, parts, lambda _: (parts / "stop").write_text("enough for today\n"))
     assert second["reason"] == f"stopped by {parts}/stop: enough for today"
     assert 1 <= first["iteration"] < second["iteration"] < NUM_ITERATIONS
+    damaged = parts / "checkpoints" / "iter_0000099"
+    shutil.copytree(parts / "checkpoints" / f"iter_{second['iteration']:07d}", damaged)
+    (damaged / "manifest.json").write_text("{")
     output = train(config, f"train.output_dir={parts}", *IN_BACKGROUND)
     assert f"Resuming from {parts}" in output
+    assert "Passing over checkpoint iter_0000099" in output
+    assert not damaged.exists(), "or the next resume and retention would take it for the newest"
+    assert (parts / "checkpoints" / "superseded" / "iter_0000099").is_dir()
     assert f"iter_{NUM_ITERATIONS:07d} in the background" in output
     assert not (parts / "stop").exists()
     for expected, got in zip(read_metrics(whole), read_metrics(parts), strict=True):

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd.checkpoint.retention import complete_checkpoints, find_best, link_best, remove_superseded
+from megatron_gkd.checkpoint.retention import (
+    complete_checkpoints,
+    find_best,
+    link_best,
+    remove_superseded,
+    set_aside_after,
+)
 
 
 def write(folder: Path, iteration: int, loss: float | None = None) -> Path:
@@ -44,6 +50,35 @@ def test_of_equally_good_ones_the_newest_is_the_best(tmp_path):
     write(tmp_path, 1, 0.5)
     newest = write(tmp_path, 2, 0.5)
     assert find_best(tmp_path, "loss") == newest
+
+
+def test_a_manifest_that_cannot_be_read_is_not_the_best(tmp_path):
+    best = write(tmp_path, 1, 0.5)
+    (write(tmp_path, 2, 0.25) / "manifest.json").write_text("{")
+    assert find_best(tmp_path, "loss") == best
+
+
+def test_later_checkpoints_make_room_for_those_of_the_run_that_goes_on_without_them(tmp_path):
+    for iteration in (50, 60, 100):
+        write(tmp_path, iteration)
+    link_best(tmp_path / "iter_0000100")
+    set_aside_after(tmp_path, 50)
+    assert names(tmp_path) == ["iter_0000050", "superseded"]
+    write(tmp_path, 60)
+    remove_superseded(tmp_path, keep_last=1, best=None)
+    assert complete_checkpoints(tmp_path) == [tmp_path / "iter_0000060"]
+    for _ in range(2):
+        write(tmp_path, 100)
+        set_aside_after(tmp_path, 60)
+    kept = ["iter_0000060", "iter_0000100", "iter_0000100.2", "iter_0000100.3"]
+    assert names(tmp_path / "superseded") == kept, "nothing is lost"
+
+
+def test_a_run_that_starts_anew_leaves_no_old_checkpoint_in_its_way(tmp_path):
+    write(tmp_path, 7)
+    (tmp_path / "iter_0000008.tmp").mkdir()
+    set_aside_after(tmp_path, 0)
+    assert names(tmp_path) == ["iter_0000008.tmp", "superseded"]
 
 
 def test_the_link_follows_the_best(tmp_path):
