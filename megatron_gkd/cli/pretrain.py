@@ -3,10 +3,12 @@
 import argparse
 import logging
 import os
+import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
@@ -17,7 +19,12 @@ from megatron_gkd.models.patterns import check_patterns
 from megatron_gkd.observability.run_lock import FolderInUseError, RunLock
 from megatron_gkd.platform.environment import Environment, Place
 
+if TYPE_CHECKING:
+    from megatron_gkd.observability.status import Status, StatusFile
+
 log = logging.getLogger(__name__)
+
+RANK_0_FIRST_S = 0.5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,12 +128,13 @@ def _dry_run(config: GkdConfig) -> int:
         platform = prepare_process()
     except ConfigError as error:
         return _refuse(str(error), None)
+    from megatron_gkd.checkpoint.integrity import CheckpointError
     from megatron_gkd.data.tokenizer import DataError
     from megatron_gkd.train.dry_run import dry_run
 
     try:
         report = dry_run(config, platform)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, CheckpointError) as error:
         return _refuse(str(error), None)
     if rank == 0:
         sys.stdout.write(f"{report}\n")
@@ -141,6 +149,8 @@ def _train(config: GkdConfig) -> int:
             lock.acquire()
     except FolderInUseError as error:
         return _refuse(str(error), None)  # status.json is the other run's
+    if rank == 0:
+        _note_start(config)
     place = Place(config.train.output_dir, f"rank_{rank}")
     environment = Environment.of(config.runtime.env_vars, place)
     environment.make_folders()
@@ -175,16 +185,17 @@ def _train_or_report(config: GkdConfig, rank: int) -> int:
     try:
         run.prepare()
     except (ConfigError, DataError, CheckpointError, CertificateError) as error:
+        code = _refuse(str(error), config)
         run.close()
-        return _refuse(str(error), config)
+        return code
     except BaseException as error:
+        _note_end(config, "failed", run.iteration, f"{type(error).__name__}: {error}")
         run.close()
-        _note_failure(config, rank, 0, error)
         raise
     try:
         outcome = run.train()
     except BaseException as error:
-        _note_failure(config, rank, run.iteration, error)
+        _note_end(config, "failed", run.iteration, f"{type(error).__name__}: {error}")
         raise
     finally:
         run.close()
@@ -193,23 +204,62 @@ def _train_or_report(config: GkdConfig, rank: int) -> int:
 
 
 def _refuse(message: str, config: GkdConfig | None) -> int:
-    if int(os.environ.get("RANK", "0")) == 0:
+    """Say why; with a configuration in ``status.json``, too.
+
+    Ranks mostly refuse alike, and rank 0 speaks for all. What only another rank finds (a file that its node lacks, a device that
+    is not there) is said by that rank, or before the run has a folder by the first of each node.
+    """
+    is_noted = config is not None and _note_end(config, "refused", 0, message)
+    if _rank() == 0:
         sys.stderr.write(f"refused: {message}\n")
-        if config is not None:
-            _write_status(config, "refused", 0, message)
+    elif is_noted or (config is None and os.environ.get("LOCAL_RANK") == "0"):
+        sys.stderr.write(f"refused: {_place()}: {message}\n")
     return REFUSED
 
 
-def _note_failure(config: GkdConfig, rank: int, iteration: int, error: BaseException) -> None:
-    if rank == 0:
-        _write_status(config, "failed", iteration, f"{type(error).__name__}: {error}")
+def _note_start(config: GkdConfig) -> None:
+    """From here on ``status.json`` is about this start."""
+    file = _status_file(config)
+    before = _read_status(file)
+    file.write("running", before.iteration if before else 0, "starting")
 
 
-def _write_status(config: GkdConfig, state: Any, iteration: int, reason: str) -> None:
+def _note_end(config: GkdConfig, state: Literal["refused", "failed"], iteration: int, reason: str) -> bool:
+    """Note how the run ended, unless another rank has; whether this rank did.
+
+    The first to fail knows the cause, the others often only that a connection was lost. Where all fail alike, rank 0 speaks.
+    """
+    if _rank() > 0:
+        time.sleep(RANK_0_FIRST_S)
+        reason = f"{_place()}: {reason}"
+    file = _status_file(config)
+    status = _read_status(file)
+    if status is not None and status.state != "running":
+        return False
+    file.write(state, iteration, reason)
+    return True
+
+
+def _status_file(config: GkdConfig) -> "StatusFile":
     from megatron_gkd.observability.status import StatusFile
 
-    config.train.output_dir.mkdir(parents=True, exist_ok=True)
-    StatusFile(config.train.output_dir).write(state, iteration, reason)
+    return StatusFile(config.train.output_dir)
+
+
+def _read_status(file: "StatusFile") -> "Status | None":
+    try:
+        return file.read()
+    except ValueError as error:
+        log.warning("%s; it is replaced", error)
+        return None
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _place() -> str:
+    return f"rank {_rank()} on {socket.gethostname()}"
 
 
 if __name__ == "__main__":

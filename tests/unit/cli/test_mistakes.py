@@ -271,7 +271,8 @@ def test_more_ranks_than_gpus(config, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    words = ["LOCAL_RANK=1", "1 CUDA devices", "--nproc-per-node"]
+    monkeypatch.setenv("RANK", "1")
+    words = ["refused: rank 1 on ", "LOCAL_RANK=1", "1 CUDA devices", "--nproc-per-node"]
     assert refusal(capsys, pretrain.main(["--config", str(config)]), words)
 
 

@@ -1,14 +1,17 @@
 """What the training command does before torch is imported. A whole run: tests/e2e/test_training.py."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_gkd.cli import pretrain
 from megatron_gkd.cli.pretrain import main
 from megatron_gkd.config import load_config
+from megatron_gkd.observability import Status, StatusFile
 from megatron_gkd.observability.run_lock import RunLock
 from tests.support.launching import write_run_config
 
@@ -55,6 +58,46 @@ def test_a_second_launch_in_a_folder_leaves_the_first_alone(tmp_path, capsys, mo
         in capsys.readouterr().err
     )
     assert sorted(file.name for file in run.iterdir()) == ["run.lock", "stop"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "noted"),
+    [
+        (1, 0, "rank 1 on {host}: out of memory"),  # rank 0 then only sees that a connection was lost
+        (0, 1, "out of memory"),
+    ],
+)
+def test_the_first_rank_that_fails_says_why(tmp_path, monkeypatch, first, second, noted):
+    monkeypatch.setattr(pretrain, "RANK_0_FIRST_S", 0.0)
+    config = load_config(write_run_config(tmp_path))
+    status = StatusFile(config.train.output_dir)
+    status.write("stopped", 3, "an earlier start")
+    pretrain._note_start(config)
+    assert status.read() == Status("running", 3, "starting")
+    for rank, reason in ((first, "out of memory"), (second, "connection closed")):
+        monkeypatch.setenv("RANK", str(rank))
+        pretrain._note_end(config, "failed", 4, reason)
+    assert status.read() == Status("failed", 4, noted.format(host=socket.gethostname()))
+
+
+def test_a_damaged_status_file_does_not_keep_a_run_from_starting(tmp_path):
+    config = load_config(write_run_config(tmp_path))
+    config.train.output_dir.mkdir()
+    (config.train.output_dir / "status.json").write_text("{")
+    pretrain._note_start(config)
+    assert StatusFile(config.train.output_dir).read() == Status("running", 0, "starting")
+
+
+def test_a_configuration_that_one_node_cannot_read_is_refused_by_its_first_rank(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("RANK", "3")
+    for local_rank, expected in (("1", ""), ("0", f"refused: rank 3 on {socket.gethostname()}: ")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert main(["--config", str(tmp_path / "missing.yaml")]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(expected)
+        assert bool(err) == bool(expected)
 
 
 @pytest.mark.parametrize(
