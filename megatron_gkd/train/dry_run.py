@@ -13,6 +13,7 @@ from megatron_gkd.parallel.collectives import reduce_values
 from megatron_gkd.parallel.groups import join_job
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import detect_kernels
+from megatron_gkd.train.backend import with_backend
 from megatron_gkd.train.build import (
     build_student,
     build_teacher,
@@ -34,7 +35,8 @@ def dry_run(config: GkdConfig, platform: Platform) -> str:
     """Build student and teacher, update the student twice, write nothing. Collective.
 
     Every sample has ``data.max_prompt_length`` + ``rollout.max_new_tokens`` tokens, and for the teacher as many as its own
-    prompts may have: no iteration of the run is larger.
+    prompts may have: no iteration of the run has more tokens. Completions count in the loss; of conversations from data earlier
+    turns of the assistant do, too, and the loss then takes more time, not more memory.
 
     Args:
         config: Checked configuration.
@@ -46,6 +48,7 @@ def dry_run(config: GkdConfig, platform: Platform) -> str:
     Raises:
         DataError: Student and teacher have different vocabularies.
         ConfigError: The teacher's server does not answer or serves something else.
+        CheckpointError: A model's checkpoint is damaged.
     """
     tokenizer = build_tokenizer(config)
     require_loss_backend(config, platform.device)
@@ -54,6 +57,13 @@ def dry_run(config: GkdConfig, platform: Platform) -> str:
     try:
         world = start_world(platform, detect_kernels(on_cpu=platform.is_cpu))
         student = build_student(config, world)
+        config = with_backend(
+            config,
+            tp_size=student.groups.layout.tp_size,
+            dp_size=student.groups.layout.dp_size,
+            vocab_size=student.shapes.vocab_size,
+            device=world.device,
+        )
         teacher, teacher_head_VH = build_teacher(config, world, student, tokenizer.pad_id)
         seconds = []
         for iteration in range(NUM_ITERATIONS):

@@ -18,8 +18,12 @@ MAX_SEQUENCES, MAX_TOKENS = 2, 48
 
 
 def probe_sequences(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-    """A few sequences, cut to their last tokens so that they cost little; each at least two tokens long."""
-    return [list(ids[-MAX_TOKENS:]) for ids in sequences if len(ids) > 1][:MAX_SEQUENCES]
+    """A few sequences, cut to their last tokens so that they cost little; each at least two tokens long.
+
+    Where all have a single token, it stands twice.
+    """
+    longer = [list(ids[-MAX_TOKENS:]) for ids in sequences if len(ids) > 1]
+    return longer[:MAX_SEQUENCES] or [[*ids, *ids] for ids in sequences if ids][:MAX_SEQUENCES]
 
 
 def trainer_log_probs(student: Student, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -1,7 +1,9 @@
 """The run's own loss on held-out completions, between two updates; changes nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from megatron_gkd.config import GkdConfig
@@ -11,6 +13,8 @@ from megatron_gkd.teacher.engine import TeacherEngine
 from megatron_gkd.train.build import Student, make_micro_batches
 from megatron_gkd.train.collect import sample_from_data
 from megatron_gkd.train.step import attach_signals, evaluate_step
+
+_SEED = 0
 
 
 class Validation:
@@ -42,12 +46,22 @@ class Validation:
             metrics: Receives the numbers.
         """
         total = 0.0
-        for batch in self._batches:
-            micro_batches = make_micro_batches(self._config, student.groups, batch, self._pad_id)
-            scored = attach_signals(batch, micro_batches, teacher.score(batch, micro_batches))
-            total += evaluate_step(student, teacher_head_VH, scored, self._config.loss)
+        with own_draws(next(student.model.parameters()).device):
+            for batch in self._batches:
+                micro_batches = make_micro_batches(self._config, student.groups, batch, self._pad_id)
+                scored = attach_signals(batch, micro_batches, teacher.score(batch, micro_batches))
+                total += evaluate_step(student, teacher_head_VH, scored, self._config.loss)
         metrics.add("validation/loss", total / self._num_tokens, unit="nats/token", reduce="sum")
         metrics.add("validation/tokens", self._num_tokens, unit="tokens", reduce="rank0")
+
+
+@contextmanager
+def own_draws(device: torch.device) -> Iterator[None]:
+    """Draws of a sampled support are the same at every measurement, and leave those of training as they are."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        torch.manual_seed(_SEED)
+        yield
 
 
 def _blank(like: Sample) -> Sample:
