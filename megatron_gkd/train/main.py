@@ -55,7 +55,7 @@ class Run:
         validation = build_validation_prompts(self._config, tokenizer)
         self._config = self._with_iterations(loader)
         require_loss_backend(self._config, self._platform.device)
-        require_engine(self._config, is_leader=self._rank == 0)
+        require_engine(self._config, self._platform.device, is_leader=self._rank == 0)
         require_teacher(self._config, tokenizer)
         self._build(tokenizer, loader, validation)
 

@@ -17,6 +17,7 @@ from megatron_gkd.config.rollout import SglangRolloutConfig
 from megatron_gkd.config.teacher import ServerTeacherConfig
 from megatron_gkd.data.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
 from megatron_gkd.serving.client import SglangClient
+from megatron_gkd.serving.command import check_cpu_plugin
 from megatron_gkd.serving.errors import EngineError
 from megatron_gkd.train.build import DTYPES
 from megatron_gkd.train.engines import api_key_of, push_base
@@ -27,11 +28,12 @@ CHECK_TIMEOUT_S = 30.0
 PUSH_COPIES = 2  # the new weights are written while the server may still read the last ones
 
 
-def require_engine(config: GkdConfig, *, is_leader: bool) -> None:
+def require_engine(config: GkdConfig, device: torch.device, *, is_leader: bool) -> None:
     """Refuse a run whose generation engine could not work here.
 
     Args:
         config: Checked configuration.
+        device: Of this rank.
         is_leader: Whether this is rank 0, which alone talks to servers.
 
     Raises:
@@ -42,7 +44,7 @@ def require_engine(config: GkdConfig, *, is_leader: bool) -> None:
         return
     problems = list(_push_problems(config, rollout))
     if rollout.placement == "colocated":
-        problems += _package_problems()
+        problems += _package_problems(device)
     elif is_leader:
         problems += _server_problems(config, rollout)
     if problems:
@@ -93,12 +95,17 @@ def require_loss_backend(config: GkdConfig, device: torch.device) -> None:
         )
 
 
-def _package_problems() -> Iterator[str]:
+def _package_problems(device: torch.device) -> Iterator[str]:
     if find_spec("sglang") is None:
         yield (
             "rollout.kind=sglang starts an SGLang server, and the package sglang is not installed here; install it "
             "(see README) or set rollout.kind=megatron"
         )
+    elif device.type == "cpu":
+        try:
+            check_cpu_plugin()
+        except RuntimeError as error:
+            yield f"rollout.kind=sglang: {error}, or set rollout.kind=megatron"
 
 
 def _push_problems(config: GkdConfig, rollout: SglangRolloutConfig) -> Iterator[str]:
@@ -110,6 +117,21 @@ def _push_problems(config: GkdConfig, rollout: SglangRolloutConfig) -> Iterator[
         yield f"{name} is no folder that can be written; name one that the server sees too"
         return
     yield from _push_space_problems(config, folder, name)
+    if rollout.push_dir is None and not _is_on_one_machine(config):
+        yield (
+            f"{name} is memory of one machine, and the student's ranks, which write there, are on several "
+            "(student.parallel); name a folder on a file system that all of them share"
+        )
+
+
+def _is_on_one_machine(config: GkdConfig) -> bool:
+    """Whether the ranks of the first copy of the student, the one that is pushed, run where rank 0 does."""
+    parallel, environment = config.student.parallel, os.environ
+    tp_size, pp_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    world_size = int(environment.get("WORLD_SIZE", "1"))
+    dp_size = world_size // (tp_size * pp_size)
+    last_rank = tp_size * (dp_size * (pp_size - 1) + 1) - 1
+    return last_rank < int(environment.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def _push_space_problems(config: GkdConfig, folder: Path, name: str) -> Iterator[str]:

@@ -232,6 +232,21 @@ def test_sglang_is_not_installed(config, capsys, monkeypatch):
     assert refusal(capsys, pretrain.main(["--config", str(config), COLOCATED]), words)
 
 
+def test_sglang_without_this_package_s_platform(config, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_gkd.serving.command.PLATFORM_NAME", "not_there")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = ["rollout.kind=sglang", "pip install -e .", "rollout.kind=megatron"]
+    assert refusal(capsys, pretrain.main(["--config", str(config), COLOCATED]), words)
+
+
+def test_weights_from_two_machines_in_the_memory_of_one(config, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    command = ["--config", str(config), COLOCATED, "student.parallel.tensor_model_parallel_size=2"]
+    words = ["rollout.push_dir='/dev/shm' (the default)", "student.parallel", "all of them share"]
+    assert refusal(capsys, pretrain.main(command), words)
+
+
 def test_an_external_engine_that_does_not_answer(config, capsys):
     url = f"http://127.0.0.1:{unused_port()}"
     override = f"rollout={{kind: sglang, placement: external, urls: ['{url}'], max_new_tokens: 12}}"
