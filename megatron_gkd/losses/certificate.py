@@ -27,6 +27,7 @@ from megatron_gkd.losses.certificate_problem import (
     make_problem,
     rows_of_rank,
     shard_of,
+    teacher_logits,
 )
 from megatron_gkd.losses.goals import Goal, entry_goal, label_goal, logit_goal
 from megatron_gkd.losses.linear import weighted_loss
@@ -49,6 +50,9 @@ TOLERANCES = {
 }
 """Largest relative L2 error of the value and of a gradient. The gradients of hidden states and head are rounded to the format
 of the inputs: in bfloat16 by 1.7e-3 in the mean and 2**-8 at most, and a GPU rounds that of the logits as well."""
+
+
+_MAX_SCALE, _MIN_SOFT_CAP = 2.0, 10.0
 
 
 class CertificateError(RuntimeError):
@@ -162,9 +166,15 @@ def _divergence_goal(case: Case, objective: Objective, shard: Shard, group: Grou
 
 
 def _scaled_down(case: Case, vocab: int) -> Case:
-    """With the number of entries that the problem has."""
+    """With the number of entries that the problem has, and logits of its size."""
     if case.objective is None:
         return case
+    cap = case.teacher_soft_cap
+    case = replace(
+        case,
+        teacher_scale=min(case.teacher_scale, _MAX_SCALE),
+        teacher_soft_cap=cap and max(cap, _MIN_SOFT_CAP),
+    )
     top_k = vocab if case.objective.support == "sampled" else TOP_K
     return replace(case, objective=replace(case.objective, top_k=top_k))
 
@@ -192,7 +202,7 @@ def _reference_divergence(
 ) -> tuple[Tensor, Tensor]:
     """[T] (the loss, what has its gradient), with the limit and the factor of the objective."""
     x_TV = student_TV / objective.temperatures.student
-    y_TV = (problem.teacher_TH @ problem.teacher_head_VH.T) / objective.temperatures.teacher
+    y_TV = teacher_logits(problem, case) / objective.temperatures.teacher
     how: dict[str, Any] = {"beta": objective.beta, "alpha": objective.alpha, "weight": objective.weight}
     if objective.support == "token":
         value_T, surrogate_T = dense_estimate(

@@ -32,6 +32,8 @@ class Case:
         tokens_per_chunk: Rows of a chunk.
         sft_weight: Share of the cross-entropy.
         from_entries: The teacher sends its 9 most probable entries instead of hidden states.
+        teacher_scale: Multiplies the teacher's logits; certified with at most 2, for larger logits have larger rounding.
+        teacher_soft_cap: Bounds them, see ``Layer``; certified with at least 10, for a smaller one makes ties.
     """
 
     objective: Objective | None
@@ -39,6 +41,8 @@ class Case:
     tokens_per_chunk: int = 256
     sft_weight: float = 0.0
     from_entries: bool = False
+    teacher_scale: float = 1.0
+    teacher_soft_cap: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -58,6 +62,10 @@ class Case:
             parts.append(self.objective.tail)
         if self.objective.support == "token":
             parts.append(self.objective.estimator + " reward" * self.objective.policy_gradient)
+        if self.teacher_scale != 1.0:
+            parts.append(f"scale {self.teacher_scale:g}")
+        if self.teacher_soft_cap is not None:
+            parts.append(f"soft cap {self.teacher_soft_cap:g}")
         return " ".join(parts + ["+ cross_entropy"] * (self.sft_weight > 0))
 
 
@@ -127,7 +135,12 @@ def shard_of(problem: Problem, case: Case, rank: int, tp_size: int, device: torc
     ids_TK, log_probs_TK = known_entries(problem, case)
     return Shard(
         student,
-        Layer(placed(problem.teacher_TH), teacher_head_VH),
+        Layer(
+            placed(problem.teacher_TH),
+            teacher_head_VH,
+            scale=case.teacher_scale,
+            soft_cap=case.teacher_soft_cap,
+        ),
         problem.labels_T.to(device),
         ids_TK.to(device),
         log_probs_TK.to(device),
@@ -142,9 +155,18 @@ def rows_of_rank(head_VH: Tensor, rank: int, tp_size: int, fill: float) -> Tenso
     return torch.cat([head_VH, padding]).chunk(tp_size)[rank]
 
 
+def teacher_logits(problem: Problem, case: Case) -> Tensor:
+    """[T, vocabulary] in float64, with the scale and the cap of the case."""
+    logits_TV, cap = (
+        case.teacher_scale * (problem.teacher_TH @ problem.teacher_head_VH.T),
+        case.teacher_soft_cap,
+    )
+    return logits_TV if cap is None else cap * (logits_TV / cap).tanh()
+
+
 def known_entries(problem: Problem, case: Case) -> tuple[Tensor, Tensor]:
     """([T, K] ids, log-probabilities in float32) that a teacher would send; rows know different numbers of them."""
-    logits_TV = problem.teacher_TH @ problem.teacher_head_VH.T
+    logits_TV = teacher_logits(problem, case)
     temperature = 1.0 if case.objective is None else case.objective.temperatures.teacher
     log_p_TV = (logits_TV / temperature).log_softmax(-1).float()
     ids_TK = log_p_TV.topk(TOP_K, -1).indices

@@ -71,6 +71,8 @@ def case_of_run(config: GkdConfig) -> Case:
         tokens_per_chunk=loss.tokens_per_chunk or _suitable_tokens_per_chunk(config),
         sft_weight=loss.sft_weight,
         from_entries=kind not in ("megatron", "none"),
+        teacher_scale=loss.teacher_logit_scale,
+        teacher_soft_cap=loss.teacher_logit_soft_cap,
     )
 
 

@@ -14,6 +14,7 @@ from megatron_gkd.cli import verify_loss
 from megatron_gkd.config import load_config
 from megatron_gkd.losses import certificate, reference
 from megatron_gkd.losses.certificate import Case, certify
+from megatron_gkd.losses.chunked import Layer
 from megatron_gkd.losses.objective import Objective
 from megatron_gkd.platform import products
 from megatron_gkd.train.loss import case_of_run
@@ -36,6 +37,25 @@ def test_the_problem_has_enough_tokens_and_a_last_chunk_that_is_not_full(tokens_
     case = Case(objective=None, tokens_per_chunk=tokens_per_chunk)
     assert case.num_tokens > 64
     assert tokens_per_chunk == 1 or case.num_tokens % tokens_per_chunk
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "what",
+    [{"teacher_scale": 0.0625}, {"teacher_soft_cap": 30.0}, {"teacher_scale": 9.0, "teacher_soft_cap": 0.1}],
+)
+def test_scale_and_cap_of_the_teacher_are_certified(monkeypatch, dtype, what):
+    cases = [
+        Case(dtype=dtype, tokens_per_chunk=32, **how, **what)
+        for how in verify_loss._losses(None)
+        if how["objective"] and not how.get("from_entries")
+    ]
+    assert len(cases) > 20
+    for case in cases:
+        result = certify(case, group=None, device=CPU)
+        assert result.is_passed, str(result)
+    monkeypatch.setattr(Layer, "_finish_", lambda layer, logits_CV: logits_CV)
+    assert not certify(cases[0], group=None, device=CPU).is_passed
 
 
 def test_a_gradient_of_the_logits_that_is_rounded_too_stays_within_the_bound(monkeypatch):
