@@ -76,18 +76,22 @@ class Problem(NamedTuple):
     def differentiated_chunks(self, student: Layer, weight_T: Tensor) -> Iterator["DifferentiatedChunk"]:
         """Chunks whose logits have become their gradient.
 
-        With a group the collectives of a chunk are on their way while the logits of the next one are made: two are alive.
+        With a group the first collective of a chunk is on its way while the logits of the next one are made, and its second, once
+        a chunk has shown that there is one, while the next one gets its own first: two are alive.
         """
-        group, waiting = self.comparison.group, None
+        group, waiting, num_rounds = self.comparison.group, None, 1
         for rows, logits_CV, targets in self.chunks(student, 1 if group is None else 2):
             if group is None:
                 outcome = self.comparison.differentiate_(logits_CV, targets, weight_T[rows])
                 yield DifferentiatedChunk(rows, logits_CV, targets, *outcome)
                 continue
+            if waiting is not None and waiting[3].num_started < num_rounds:
+                waiting[3].advance()
             run = self.comparison.differentiate_rounds_(logits_CV, targets, weight_T[rows])
             started = rows, logits_CV, targets, InFlight(run, group)
             if waiting is not None:
                 yield DifferentiatedChunk(*waiting[:3], *waiting[3].finish())
+                num_rounds = waiting[3].num_started
             waiting = started
         if waiting is not None:
             yield DifferentiatedChunk(*waiting[:3], *waiting[3].finish())

@@ -119,13 +119,22 @@ class InFlight:
     Args:
         rounds: Run up to their first collective.
         group: Its ranks, of which all start and finish the same runs in the same order.
+
+    Attributes:
+        num_started: Collectives that were started so far.
     """
 
     def __init__(self, rounds: Rounds, group: Group):
         self._rounds, self._group = rounds, group
         self._result: tuple[Tensor, Tensor] | None = None
         self._gathering: GatheredRows | None = None
+        self.num_started = 0
         self._go_on(None)
+
+    def advance(self) -> None:
+        """Wait for the collective on its way and start the next one, of which there must be one."""
+        assert self._gathering is not None
+        self._go_on(self._gathering.wait())
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """What the rounds return."""
@@ -141,6 +150,7 @@ class InFlight:
             self._gathering, self._result = None, done.value
             return
         self._gathering = GatheredRows(local_TK, self._group)
+        self.num_started += 1
 
 
 def side_by_side(runs: Sequence[Rounds]) -> Generator[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
