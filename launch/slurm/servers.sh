@@ -1,7 +1,7 @@
 # SGLang servers of a heterogeneous job, one on each node of a group; sourced after job.sh.
 MEGATRON_GKD_SGLANG_KEY=$(python -c "import secrets; print(secrets.token_hex(32))")
 export MEGATRON_GKD_SGLANG_KEY
-server_pids=()
+server_pids=() server_groups=()
 
 # endpoints GROUP: address:port of its servers, in the order of its nodes, with commas between
 endpoints() {
@@ -39,18 +39,28 @@ start_servers() {
         --output="$run_folder/logs/$2_%N.url" --error="$run_folder/logs/$2_%N.err" --open-mode=truncate \
         bash "$code/launch/slurm/server.sh" "$(endpoints "$1")" "$run_folder/logs/$2" \
         --model "$3" --context-length "$4" --config "$resolved" "${@:5}" &
-    server_pids+=($!)
+    server_pids+=($!) server_groups+=("$1 $2")
 }
 
-# await_servers GROUP NAME: until all of them answer; fails when one ends first
+# require_servers: fails when those of a group have ended; kill -0 succeeds if any of its processes lives, so each is asked
+require_servers() {
+    local i group name
+    for i in "${!server_pids[@]}"; do
+        if ! kill -0 "${server_pids[i]}" 2>/dev/null; then
+            read -r group name <<<"${server_groups[i]}"
+            echo "error: the $name server of group $group ended before the training began; see" \
+                "$run_folder/logs/${name}_*.log and .err" >&2
+            return 1
+        fi
+    done
+}
+
+# await_servers GROUP NAME: until all of them answer; fails when one of any group ends first
 await_servers() {
     local num_servers num_ready=0
     num_servers=$(endpoints "$1" | tr , '\n' | wc -l)
     while ((num_ready < num_servers)); do
-        if ! kill -0 "${server_pids[@]}" 2>/dev/null; then
-            echo "error: a server ended before it answered; see $run_folder/logs/$2_*.log" >&2
-            return 1
-        fi
+        require_servers || return 1
         sleep 1
         num_ready=$(cat "$run_folder/logs/$2"_*.url 2>/dev/null | grep -c ^http || true)
     done
