@@ -79,15 +79,14 @@ train() {
     wait_for $!
 }
 
-# wait_for PID: its exit code; bash's own wait ends early when a signal is handled
+# wait_for PID: its exit code; bash's own wait ends early when a signal is handled, with a code that the process may have, too
 wait_for() {
-    local interrupted exit_code
-    interrupted=$((128 + $(kill -l USR1)))
-    exit_code=$interrupted
-    while ((exit_code == interrupted)); do
-        exit_code=0
-        wait "$1" || exit_code=$?
+    local exit_code
+    while kill -0 "$1" 2>/dev/null; do
+        wait "$1" || true
     done
+    exit_code=0
+    wait "$1" || exit_code=$? # bash remembers the code of a process that has ended
     return "$exit_code"
 }
 

@@ -53,3 +53,23 @@ def test_a_server_that_ends_while_another_lives_is_named_at_once(tmp_path, group
 def test_the_trainer_starts_once_all_servers_answer(tmp_path):
     result = run_bash(tmp_path, start_and_await(LIVES))
     assert (result.returncode, result.stdout) == (0, "ready\n"), result.stderr
+
+
+# what job.sh does when it is sourced is for a job; its functions are taken alone
+WAIT = f"""
+eval "$(sed -n '/^wait_for()/,/^}}/p' {SLURM}/job.sh)"
+trap 'echo signal' USR1
+(sleep 1; exit EXIT_CODE) &
+pid=$!
+(sleep 0.3; kill -USR1 $$) &
+exit_code=0
+wait_for $pid || exit_code=$?
+echo $exit_code
+"""
+
+
+@pytest.mark.parametrize("exit_code", [0, 3, 138])
+def test_a_signal_does_not_end_the_wait_and_no_exit_code_is_waited_for_again(tmp_path, exit_code):
+    """138 is what srun returns when its tasks end by USR1, and what bash returns when it is interrupted by it."""
+    result = run_bash(tmp_path, WAIT.replace("EXIT_CODE", str(exit_code)))
+    assert result.stdout == f"signal\n{exit_code}\n"
