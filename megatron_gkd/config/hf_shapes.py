@@ -132,6 +132,18 @@ def load_hf_shapes(folder: Path) -> HfShapes:
     return shapes
 
 
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts",
+    "num_local_experts",
+)
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """What is compared with a server, which may run models that are not built here."""
@@ -139,6 +151,8 @@ class ServedModel:
     model_type: str
     vocab_size: int
     """Rows of the output layer, all of which take part in the softmax."""
+    sizes: Mapping[str, Any]
+    """What tells models of one family apart: the sizes that config.json names, by their names there."""
 
 
 def load_served_model(folder: Path) -> ServedModel:
@@ -153,7 +167,8 @@ def load_served_model(folder: Path) -> ServedModel:
     vocab_size = _Reader(config, problems).size("vocab_size")
     if problems:
         raise ConfigError.listing(str(file), problems)
-    return ServedModel(str(config.get("model_type")), vocab_size)
+    sizes = {key: config[key] for key in _SIZES if config.get(key) is not None}
+    return ServedModel(str(config.get("model_type")), vocab_size, sizes)
 
 
 class _Reader:

@@ -38,6 +38,9 @@ class ServerTeacher:
         groups: The student's layout and process groups.
         device: The device of this rank.
 
+    Attributes:
+        served_folder: The server's name of the model's folder, known on all ranks.
+
     Raises:
         EngineError: On all ranks: one that asks does not reach the server, or finds another model there. The
             construction is collective.
@@ -55,9 +58,10 @@ class ServerTeacher:
     ):
         self._client, self._groups, self._device = client, groups, device
         self._vocab_size = vocab_size
-        self._on_asking_ranks(
+        told = self._on_asking_ranks(
             lambda: client.check_model(model_type=model_type, num_sequence_tokens=num_sequence_tokens)
         )
+        self.served_folder: str = next(filter(None, gather_json(told, device=device)))
 
     def score(self, batch: Batch, micro_batches: list[MicroBatch]) -> list[TopKSignal]:
         """See ``TeacherEngine.score``.

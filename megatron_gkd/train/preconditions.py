@@ -21,7 +21,7 @@ from megatron_gkd.serving.command import check_cpu_plugin
 from megatron_gkd.serving.errors import EngineError
 from megatron_gkd.train.build import DTYPES
 from megatron_gkd.train.engines import api_key_of, push_base
-from megatron_gkd.train.served_teacher import make_teacher_client
+from megatron_gkd.train.served_teacher import make_teacher_client, require_same_model, server_keys
 
 GIB = 2**30
 CHECK_TIMEOUT_S = 30.0
@@ -70,17 +70,18 @@ def require_teacher(config: GkdConfig, tokenizer: Tokenizer) -> None:
     hurried = {"request_timeout_s": min(teacher.request_timeout_s, CHECK_TIMEOUT_S), "max_retries": 0}
     client = make_teacher_client(teacher.model_copy(update=hurried))
     try:
-        folder = client.check_model(
+        served = client.check_model(
             model_type=load_served_model(teacher.hf_folder).model_type,
             num_sequence_tokens=config.teacher_seq_length,
         )
     except EngineError as error:
         raise ConfigError(
-            f"teacher.server_ip={teacher.server_ip!r}, teacher.server_port={teacher.server_port}: {error}; start the server "
-            f"with launch/serve.py, and let teacher.hf={str(teacher.hf)!r} be what it serves"
+            f"{server_keys(teacher)}: {error}; start the server with launch/serve.py, and let "
+            f"teacher.hf={str(teacher.hf)!r} be what it serves"
         ) from error
-    if (Path(folder) / "tokenizer_config.json").is_file():
-        require_same_vocabulary(tokenizer, load_tokenizer(folder))
+    require_same_model(teacher, Path(served))
+    if (Path(served) / "tokenizer_config.json").is_file():
+        require_same_vocabulary(tokenizer, load_tokenizer(served))
 
 
 def require_loss_backend(config: GkdConfig, device: torch.device) -> None:

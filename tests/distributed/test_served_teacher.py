@@ -78,7 +78,9 @@ def _score(rank: int, world_size: int, split: Split) -> None:
         batch = _with_odd_prompts(make_batch(0, LENGTHS))
         client = AnsweringClient({}, rank)
         micro_batches = _micro_batches(batch, groups)
-        signals = _make_teacher(client, groups).score(batch, micro_batches)
+        teacher = _make_teacher(client, groups)
+        assert teacher.served_folder == "/models/t"
+        signals = teacher.score(batch, micro_batches)
         if not groups.is_last_stage:
             assert (signals, client.asked) == ([], [])
             return

@@ -282,6 +282,17 @@ def test_a_teacher_that_serves_another_tokenizer(config, tmp_path, capsys, monke
     assert refusal(capsys, pretrain.main(["--config", str(config), *behind_a_port(tmp_path)]), words)
 
 
+def test_a_server_over_a_smaller_model_of_the_teachers_family(config, tmp_path, capsys, monkeypatch):
+    served = tmp_path / "small"
+    shutil.copytree(tmp_path / "teacher", served)
+    rewrite(served / "config.json", hidden_size=16)
+    monkeypatch.setattr(TeacherClient, "check_model", lambda self, **expected: str(served))
+    words = ["teacher.server_port=30000", f"{served} with hidden_size=16", "--model"]
+    overrides = behind_a_port(tmp_path)
+    assert refusal(capsys, pretrain.main(["--config", str(config), *overrides]), words)
+    assert refusal(capsys, pretrain.main(["--config", str(config), "--dry-run", *overrides]), words)
+
+
 def test_more_ranks_than_gpus(config, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
