@@ -310,10 +310,31 @@ def _loss_problems(config: "GkdConfig") -> Iterator[str]:
 
 
 def _estimator_problems(config: "GkdConfig") -> Iterator[str]:
-    if config.loss.support == "token" and config.gkd.lmbda < 1:
+    """Of losses whose mean is right only over tokens drawn from the distribution that they are computed with."""
+    loss, rollout = config.loss, config.rollout
+    if loss.support != "token":
+        return
+    if config.gkd.lmbda < 1:
         yield (
             f"loss.support=token estimates from tokens that the student wrote, but gkd.lmbda={config.gkd.lmbda} takes some "
             "from data; set gkd.lmbda=1"
+        )
+    if rollout.temperature != loss.temperature:
+        yield (
+            f"loss.support=token estimates from tokens drawn at loss.temperature={loss.temperature}, but rollout.temperature="
+            f"{rollout.temperature} draws others; set rollout.temperature={loss.temperature}"
+        )
+    for key, value, off in (("top_p", rollout.top_p, 1), ("top_k", rollout.top_k, -1)):
+        if value != off:
+            yield (
+                f"loss.support=token estimates from tokens of the student's whole distribution, but rollout.{key}={value} "
+                f"draws from a part of it; set rollout.{key}={off}"
+            )
+    if config.evaluation.files:
+        yield (
+            f"loss.support=token estimates from tokens that the student wrote, but evaluation.files="
+            f"{[str(file) for file in config.evaluation.files]} holds those of others, on which it means nothing; set "
+            "evaluation.files=[]"
         )
 
 

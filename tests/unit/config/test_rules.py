@@ -72,6 +72,40 @@ def test_a_broken_rule_is_named_with_its_numbers(config_file, overrides, message
         load_config(config_file, overrides)
 
 
+ESTIMATOR = ["loss={support: token, divergence: reverse_kl}", "gkd.lmbda=1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["rollout.temperature=0.7"],
+            r"loss.temperature=1.0, but rollout.temperature=0.7 .* set rollout.temperature=1.0",
+        ),
+        (["loss.temperature=2"], r"rollout.temperature=1.0 draws others; set rollout.temperature=2.0"),
+        (["rollout.top_p=0.9"], r"rollout.top_p=0.9 draws from a part of it; set rollout.top_p=1"),
+        (["rollout.top_k=50"], r"rollout.top_k=50 draws from a part of it; set rollout.top_k=-1"),
+        (
+            ["evaluation.files=EXISTS"],
+            r"evaluation.files=\['.*'\] holds those of others.* evaluation.files=\[\]",
+        ),
+    ],
+)
+def test_an_estimate_from_tokens_that_are_not_drawn_from_the_students_distribution_is_refused(
+    config_file, tree, overrides, message
+):
+    overrides = [override.replace("EXISTS", tree["data"]["prompts"]) for override in overrides]
+    load_config(config_file, ESTIMATOR)
+    load_config(config_file, overrides)
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file, ESTIMATOR + overrides)
+
+
+@pytest.mark.parametrize("kind", ["sglang", "megatron"])
+def test_an_estimate_at_another_temperature_takes_tokens_drawn_at_it(config_file, kind):
+    load_config(config_file, [*ESTIMATOR, "loss.temperature=2", f"rollout={{kind: {kind}, temperature: 2}}"])
+
+
 def test_without_a_teacher_no_key_of_one_is_needed_or_known(config_file):
     config = load_config(config_file, ["teacher={kind: none}", "loss.sft_weight=1"])
     assert list(config.models) == ["student"]
