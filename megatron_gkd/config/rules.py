@@ -211,17 +211,16 @@ def _length_problems(config: "GkdConfig", name: str, shapes: HfShapes) -> Iterat
     if name == "teacher" and config.teacher_seq_length > total:
         key, length = "max_teacher_prompt_length", config.data.teacher_prompt_length
         total = config.teacher_seq_length
+    tokens = f"data.{key}={length} + rollout.max_new_tokens={config.rollout.max_new_tokens} = {total} tokens"
     if total > shapes.max_position_embeddings:
         yield (
-            f"data.{key}={length} + rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} = {total} tokens, but the {name} was made for "
-            f"{shapes.max_position_embeddings} (max_position_embeddings); shorten one of them"
+            f"{tokens}, but the {name} was made for {shapes.max_position_embeddings} (max_position_embeddings); shorten one "
+            "of them"
         )
-    elif shapes.sliding_window is not None and config.seq_length > shapes.sliding_window:
+    elif shapes.sliding_window is not None and total > shapes.sliding_window:
         yield (
-            f"data.max_prompt_length={config.data.max_prompt_length} + rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} = {config.seq_length} tokens, but the attention of the {name} reaches "
-            f"back over sliding_window={shapes.sliding_window} only, which is not built; shorten one of them"
+            f"{tokens}, but the attention of the {name} reaches back over sliding_window={shapes.sliding_window} only, which "
+            "is not built; shorten one of them"
         )
 
 

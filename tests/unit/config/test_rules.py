@@ -127,6 +127,20 @@ def test_sequences_beyond_the_sliding_window_are_refused(config_file, tmp_path):
         load_config(config_file, ["data.max_prompt_length=45"])
 
 
+def test_the_teachers_own_longer_prompts_count_for_its_sliding_window_and_not_for_the_students(
+    config_file, tmp_path
+):
+    lengths = ["data.max_prompt_length=44", "data.max_teacher_prompt_length=45"]
+    write_hf_config(tmp_path / "student", model_type="mistral", sliding_window=300)
+    load_config(config_file, lengths)
+    write_hf_config(tmp_path / "teacher", model_type="mistral", sliding_window=300)
+    with pytest.raises(
+        ConfigError,
+        match=r"data.max_teacher_prompt_length=45 \+ .*=256 = 301 tokens, .* the teacher .*sliding_window=300 only",
+    ):
+        load_config(config_file, lengths)
+
+
 def test_different_vocabularies_are_refused(config_file, tmp_path):
     write_hf_config(tmp_path / "teacher", vocab_size=1004)
     with pytest.raises(
