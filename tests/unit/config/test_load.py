@@ -84,6 +84,15 @@ def test_all_problems_are_reported_at_once_with_key_and_hint(config_file):
         ("rollout.urls=['http://a:1']", "placement=colocated ignores them"),
         ("rollout.api_key_env=A_KEY", "api_key_env='A_KEY' is for placement=external"),
         ("rollout={placement: external, urls: ['a:1']}", "must start with http"),
+        (
+            "rollout={placement: external, urls: ['http://a:1'], tensor_model_parallel_size: 2, num_threads: 3}",
+            "tensor_model_parallel_size=2, num_threads=3 would be ignored with placement=external: .*; remove it or set",
+        ),
+        (
+            "rollout={placement: external, urls: ['http://a:1'], mem_fraction_static: 0.8}",
+            "mem_fraction_static=0.8",
+        ),
+        ("rollout={placement: external, urls: ['http://a:1'], start_timeout_s: 9}", "start_timeout_s=9"),
         ("student.hf=null", "neither is given"),
         ("student.hf=", "neither is given"),
         ("student.hf=''", "the path is empty"),
@@ -187,6 +196,13 @@ def test_the_written_tree_is_read_back_unchanged(config_file, tmp_path, kind):
     written.write_text(config.to_yaml())
     assert load_config(written) == config
     assert load_config(written).to_yaml() == config.to_yaml()
+
+
+def test_the_resolved_configuration_of_a_run_with_external_engines_is_accepted_with_all_its_keys(config_file):
+    config = load_config(config_file, ["rollout={placement: external, urls: ['http://a:1']}"])
+    assert "mem_fraction_static: 0.4" in config.to_yaml()
+    config_file.write_text(config.to_yaml())
+    assert load_config(config_file) == config
 
 
 def test_relative_paths_are_kept_as_given(config_file):
