@@ -30,7 +30,8 @@ class StreamedPrompts:
     Args:
         files: Read one after the other in each pass.
         encoder: Turns rows into prompts, when they are taken.
-        policy: What is done about rows that cannot be used; bad rows are counted anew in each pass.
+        policy: What is done about rows that cannot be used; they are counted anew in each pass, and the log tells at its
+            end how many there were.
         seed: Of the order within the blocks.
         shuffle: False keeps the order of the files.
         block_rows: Rows of a block.
@@ -51,6 +52,7 @@ class StreamedPrompts:
     ) -> None:
         self._files, self._encoder, self._policy = tuple(files), encoder, policy
         self._seed, self._shuffle, self._block_rows = seed, shuffle, block_rows
+        self._name = ", ".join(str(file.path) for file in files)
         self._fingerprint = _fingerprint(files, encoder)
         self._enter_pass(0)
         self._first = self._take_one()
@@ -82,15 +84,17 @@ class StreamedPrompts:
             "block": list(self._start),
             "position": self._position,
             "bad": list(self._bad),
+            "overlong": self._num_overlong,
             "used": self._used,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See ``PromptStream``."""
-        require_same(state, self._identity(), ", ".join(str(file.path) for file in self._files))
+        require_same(state, self._identity(), self._name)
         self._enter_pass(state["pass"])
         self._load_block(state["file"], Cursor(*state["block"]))
         self._position, self._bad, self._used = state["position"], list(state["bad"]), state["used"]
+        self._num_overlong = state.get("overlong", 0)  # an earlier version did not count them
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -103,6 +107,7 @@ class StreamedPrompts:
     def _enter_pass(self, number: int) -> None:
         self._pass = number
         self._bad: list[str] = []  # of this pass
+        self._num_overlong = 0  # rows dropped in this pass
         self._used = 0  # prompts given out in this pass
         self._load_block(0, START)
 
@@ -133,9 +138,18 @@ class StreamedPrompts:
         elif self._file + 1 < len(self._files):
             self._load_block(self._file + 1, START)
         elif not self._used:
-            names = ", ".join(str(file.path) for file in self._files)
-            raise DataError(f"{names} has no usable prompt ({len(self._bad)} bad rows, the others overlong)")
+            raise DataError(
+                f"{self._name} has no usable prompt ({len(self._bad)} bad, {self._num_overlong} overlong rows)"
+            )
         else:
+            log.info(
+                "%s, pass %d: %d prompts, %d bad rows skipped, %d overlong rows dropped",
+                self._name,
+                self._pass + 1,
+                self._used,
+                len(self._bad),
+                self._num_overlong,
+            )
             self._enter_pass(self._pass + 1)
 
     def _encode(self, file: RowFile, row: RawRow) -> Prompt | None:
@@ -151,6 +165,7 @@ class StreamedPrompts:
                     f"{place}: {error}; raise the limit, set data.truncation, or set data.overlong_prompts: drop"
                 ) from error
             log.info("Left out %s: %s", place, error)
+            self._num_overlong += 1
             return None
         if self._policy.completions_needed_by and prompt.completion_ids is None:
             raise DataError(f"{place} has no completion, needed by {self._policy.completions_needed_by}")

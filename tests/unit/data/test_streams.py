@@ -4,6 +4,7 @@ The stream over prompts in memory is tested in test_prompts.
 """
 
 import json
+import logging
 import weakref
 from collections import Counter
 
@@ -162,6 +163,30 @@ def test_overlong_rows_are_left_out_or_refused(stream, files):
         stream(overlong="error")
     with pytest.raises(DataError, match=r"0\.jsonl has no usable prompt"):
         stream(files[:1])
+
+
+def test_dropped_rows_are_counted_in_each_pass_and_over_a_restart(stream, files, caplog):
+    rows = [{"prompt": "w1 " * 9} if row in (1, 9) else {"prompt": "w1"} for row in range(13)]
+    files[0].path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "x\n")
+    prompts = stream(shuffle=False, max_bad_rows=1)
+    prompts.take(5)  # past the first of them
+    state = json.loads(json.dumps(prompts.state_dict()))
+    resumed = stream(shuffle=False, max_bad_rows=1)
+    resumed.load_state_dict(state)
+    with caplog.at_level(logging.INFO):
+        resumed.take(15)  # 11 + 8 prompts in a pass
+    (summary,) = [message for message in caplog.messages if "pass 1" in message]
+    assert summary.endswith("1.jsonl, pass 1: 19 prompts, 1 bad rows skipped, 2 overlong rows dropped")
+    assert resumed.state_dict()["overlong"] == 0
+
+
+def test_a_state_from_before_overlong_rows_were_counted_is_continued(stream):
+    first = stream()
+    first.take(5)
+    state = {key: value for key, value in first.state_dict().items() if key != "overlong"}
+    resumed = stream()
+    resumed.load_state_dict(state)
+    assert places(resumed, 30) == places(first, 30)
 
 
 def test_a_missing_completion_is_refused_where_it_is_needed(stream):
