@@ -34,10 +34,11 @@ class RuntimeConfig(Config):
     log_file: str = "{output_dir}/logs/{process}.log"
     """Log of each rank; placeholders as in env_vars, {process} is needed."""
     working_dir: Path = Path()
-    """Folder with the code; launch/submit.py copies it to train.output_dir/code and the job runs the copy."""
+    """Folder with the code; launch/submit.py copies it to train.output_dir/code and the job runs the copy. Nothing else
+    reads it: torchrun runs the code where it is."""
     excludes: tuple[str, ...] = (".git/", ".venv/", "__pycache__/", "*.egg-info/", ".*_cache/", "/runs/")
-    """What is not copied, in the manner of .gitignore: a pattern is a name at any depth, or a path from working_dir if
-    it begins with /; one that ends with / matches folders only."""
+    """What launch/submit.py does not copy, in the manner of .gitignore: a pattern is a name at any depth, or a path from
+    working_dir if it begins with /; one that ends with / matches folders only."""
 
     @field_validator("env_vars", mode="before")
     @classmethod
