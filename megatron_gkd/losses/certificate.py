@@ -169,14 +169,13 @@ def _scaled_down(case: Case, vocab: int) -> Case:
     """With the number of entries that the problem has, and logits of its size."""
     if case.objective is None:
         return case
-    cap = case.teacher_soft_cap
-    case = replace(
+    top_k, cap = vocab if case.objective.support == "sampled" else TOP_K, case.teacher_soft_cap
+    return replace(
         case,
+        objective=replace(case.objective, top_k=top_k),
         teacher_scale=min(case.teacher_scale, _MAX_SCALE),
         teacher_soft_cap=cap and max(cap, _MIN_SOFT_CAP),
     )
-    top_k = vocab if case.objective.support == "sampled" else TOP_K
-    return replace(case, objective=replace(case.objective, top_k=top_k))
 
 
 def _reference(problem: Problem, case: Case) -> tuple[Tensor, Tensor, Tensor]:

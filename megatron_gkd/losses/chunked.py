@@ -232,14 +232,19 @@ class _PerToken(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of the hidden states (in their dtype), the head and its bias (float32 or 64), filled chunk by chunk."""
+    """Gradients of the hidden states, the head and its bias (float32 or 64), filled chunk by chunk.
+
+    They are rounded to the inputs' dtype once, when the backward has multiplied them.
+    """
 
     def __init__(self, student: Layer, num_columns: int, needs_input_grad: tuple[bool, ...]):
         self._hidden_TH, self._head_VH = student.hidden_TH, student.head_VH[:num_columns]
         self._num_columns = num_columns
         needs_hidden, needs_head, needs_bias = needs_input_grad[:3]
         self._of_hidden_TH = (
-            torch.empty_like(student.hidden_TH, memory_format=torch.contiguous_format)
+            student.hidden_TH.new_empty(
+                student.hidden_TH.shape, dtype=accumulation_dtype(student.hidden_TH.dtype)
+            )
             if needs_hidden
             else None
         )
