@@ -16,7 +16,7 @@ from megatron_gkd.losses.comparison import Comparison, Joined, Rounds
 from megatron_gkd.losses.dense import merged_normalizers
 from megatron_gkd.losses.elementwise import exp_
 from megatron_gkd.losses.kernels.eager import log_softmax_pair, normalizers
-from megatron_gkd.losses.softmax import Temperatures
+from megatron_gkd.losses.softmax import Temperatures, accumulation_dtype
 from megatron_gkd.losses.sparse import Buckets, PartialSum, bucket_round, log_prob_round
 
 _COLUMNS_PER_RANK = 1 << 24
@@ -215,9 +215,13 @@ def _invert(proposal_TV: Tensor, mass_RT1: Tensor, uniform_TN: Tensor, rank: int
 
 
 def _candidates(logits_TV: Tensor, k: int) -> Tensor:
-    """[T, 2 k] this rank's largest logits and their columns, filled up with -inf and -1."""
+    """[T, 2 k] this rank's largest logits and their columns, filled up with -inf and -1, in the accumulation dtype.
+
+    TRAP: bfloat16 holds integers to 256 only, float16 to 2048: columns must not travel in the dtype of the logits.
+    """
     num_found = min(k, logits_TV.shape[-1])
     values_TK, columns_TK = logits_TV.topk(num_found, -1)
+    values_TK = values_TK.to(accumulation_dtype(logits_TV.dtype))
     values_TK = torch.nn.functional.pad(values_TK, (0, k - num_found), value=-torch.inf)
     columns_TK = torch.nn.functional.pad(columns_TK, (0, k - num_found), value=-1)
     return torch.cat([values_TK, columns_TK.to(values_TK.dtype)], -1)

@@ -20,7 +20,13 @@ from megatron_gkd.losses.chunked import Layer
 from megatron_gkd.losses.goals import logit_goal
 from megatron_gkd.losses.linear import weighted_loss
 from megatron_gkd.losses.objective import Objective
-from megatron_gkd.losses.reference import dense_divergence, dense_known, dense_top_k, relative_error
+from megatron_gkd.losses.reference import (
+    dense_divergence,
+    dense_known,
+    dense_support,
+    dense_top_k,
+    relative_error,
+)
 from tests.support.loss_cases import (
     TOP_K_CASES,
     make_known_entries,
@@ -150,6 +156,36 @@ def test_a_chosen_support_is_a_top_k_of_the_models(support, tail, name):
     loss.sum().backward()
     assert relative_error(loss, want) <= 2e-6
     assert relative_error(mine.grad, whole.grad) <= 2e-6
+
+
+def dense_on_support(student, teacher, support):
+    """The reverse KL of a support of 9 entries; of ``sampled`` one whose head is the whole vocabulary."""
+    if support == "sampled":
+        return dense_divergence(student, teacher, "reverse_kl")
+    mask = dense_support(student, teacher, support, 9)
+    return dense_top_k(student, mask, teacher.softmax(-1), "reverse_kl", "bucket")
+
+
+@pytest.mark.parametrize("support", ["teacher_top_k", "student_top_k", "union", "sampled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_support_is_chosen_among_more_columns_than_half_precision_can_count(support, dtype):
+    student, teacher = (z.to(dtype) for z in make_logits(vocab=3000))
+    tops = [z.topk(10).values for z in (student, teacher)]
+    is_clear = (tops[0][:, 8] > tops[0][:, 9]) & (
+        tops[1][:, 8] > tops[1][:, 9]
+    )  # one answer to what the top 9 are
+    student, teacher = student[is_clear], teacher[is_clear]
+    assert len(student) >= 8
+    whole = student.double().requires_grad_()
+    want = dense_on_support(whole, teacher.double(), support)
+    want.sum().backward()
+    mine = student.clone().requires_grad_()
+    top_k = 3000 if support == "sampled" else 9
+    loss = distill_loss(mine, teacher, divergence="reverse_kl", support=support, top_k=top_k)
+    loss.sum().backward()
+    assert relative_error(loss, want) <= 2e-6
+    rounding = relative_error(whole.grad.to(dtype), whole.grad)
+    assert relative_error(mine.grad, whole.grad) <= 1.01 * rounding + 2e-6
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
