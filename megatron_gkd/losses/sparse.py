@@ -96,7 +96,8 @@ class Buckets(Comparison):
         )
         log_p_TB = self._log_p(target, is_tail_empty_T=tail.sumexp_T == 0).to(log_q_TB.dtype)
         value_TB, r_TB = self.divergence(log_p_TB, log_q_TB)
-        poison_T = 0.0 * log_q_TB.amax(-1)  # NaN in a row of NaN, whose entries ``times`` drops
+        # NaN for a NaN that ``times`` drops, or that ``renormalize`` leaves outside
+        poison_T = 0.0 * (log_q_TB.amax(-1) + tail.sumexp_T + log_p_TB.exp().sum(-1))
         grad_TB = r_TB - log_q_TB.exp() * r_TB.sum(-1, keepdim=True) + poison_T.unsqueeze(-1)
         mass_T = log_probs_TK.exp().sum(-1, dtype=log_q_TB.dtype)
         return value_TB.sum(-1) + poison_T, torch.cat([grad_TB, torch.stack([*tail, mass_T], -1)], -1)
@@ -163,9 +164,11 @@ class PartialSum(Comparison):
         log_q_TK, stats = yield from log_prob_round(student_TV, ids_TK, self.temperature)
         log_p_TK = log_probs_TK.to(log_q_TK.dtype)
         value_TK, r_TK = self._terms(log_p_TK, log_q_TK, target)
-        numbers = [*stats, log_p_TK.exp().sum(-1), self._variance(value_TK)]
-        poison_T = 0.0 * stats.sumexp_T.log()
-        return value_TK.sum(-1) + poison_T, torch.cat([r_TK, torch.stack(numbers, -1)], -1)
+        mass_T = log_p_TK.exp().sum(-1)
+        numbers = [*stats, mass_T, self._variance(value_TK)]
+        poison_T = 0.0 * (stats.sumexp_T.log() + mass_T)  # NaN for a NaN that ``times`` drops
+        stats_TK = torch.cat([r_TK + poison_T.unsqueeze(-1), torch.stack(numbers, -1)], -1)
+        return value_TK.sum(-1) + poison_T, stats_TK
 
     def num_stats(self, target: Joined) -> int:
         """See ``rounds``."""

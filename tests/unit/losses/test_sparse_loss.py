@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_gkd.losses import (
+    DIVERGENCES,
     distill_loss,
     linear_distill_loss,
     linear_top_k_distill_loss,
@@ -37,6 +38,7 @@ from tests.support.loss_cases import (
 )
 
 TAILS = ["bucket", "renormalize", "none"]
+SEPARABLE = [name for name in DIVERGENCES if name != "adaptive_kl"]
 CASE_IDS = [f"{name} {how} {tail}" for name, how, tail in TOP_K_CASES]
 
 
@@ -121,23 +123,73 @@ def test_a_teacher_whose_rounded_mass_exceeds_one_stays_finite():
     assert student.grad.isfinite().all()
 
 
+def assert_row_1_alone_is_bad(loss_of, clean, broken):
+    """``loss_of(student, teacher)``: NaN in loss and gradient of row 1 of ``broken``, the other rows those of ``clean``."""
+    (want, want_grad), (got, got_grad) = (loss_and_gradient(loss_of, *inputs) for inputs in (clean, broken))
+    others = torch.tensor([0, 2, 3])
+    for good, bad in ((want, got), (want_grad, got_grad)):
+        assert bad[1].isnan().all()
+        assert good.isfinite().all()
+        assert bad[others].equal(good[others])
+
+
+def loss_and_gradient(loss_of, student, teacher):
+    student = student.clone().requires_grad_()
+    torch.manual_seed(4)
+    loss = loss_of(student, teacher)
+    loss.sum().backward()
+    return loss.detach(), student.grad
+
+
+def with_bad_entry(tensor, column, bad):
+    broken = tensor.clone()
+    broken[1, column] = bad
+    return broken
+
+
+@pytest.mark.parametrize("name", SEPARABLE)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_row_is_reported_in_its_own_row_only(tail, bad):
+@pytest.mark.parametrize("who", ["student", "student's others", "teacher"])
+def test_a_bad_row_is_reported_in_its_own_row_only(name, tail, bad, who):
     student, teacher = (z.float() for z in make_logits(tokens=4, vocab=30))
-    entries = make_known_entries(teacher, most=5, dtype=torch.float32)
-    clean = student.clone().requires_grad_()
-    want = top_k_distill_loss(clean, *entries, divergence="jsd", tail=tail)
-    want.sum().backward()
-    student[1, entries[0][1, 0]] = bad
-    student.requires_grad_()
-    loss = top_k_distill_loss(student, *entries, divergence="jsd", tail=tail)
-    loss.sum().backward()
-    others = torch.tensor([0, 2, 3])
-    assert loss[1].isnan()
-    assert not student.grad[1].isfinite().all()
-    assert loss[others].equal(want[others])
-    assert student.grad[others].equal(clean.grad[others])
+    ids, log_probs = make_known_entries(teacher, most=5, dtype=torch.float32)
+    broken = {
+        "student": (with_bad_entry(student, ids[1, 0], bad), log_probs),
+        "student's others": (with_bad_entry(student, teacher[1].argmin(), bad), log_probs),
+        "teacher": (student, with_bad_entry(log_probs, 0, bad)),
+    }[who]
+
+    def loss_of(student, log_probs):
+        return top_k_distill_loss(student, ids, log_probs, divergence=name, tail=tail)
+
+    assert_row_1_alone_is_bad(loss_of, (student, log_probs), broken)
+
+
+@pytest.mark.parametrize("name", SEPARABLE)
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({"support": "teacher_top_k", "tail": tail} for tail in TAILS),
+        {"support": "student_top_k"},
+        {"support": "union"},
+        {"support": "sampled"},
+    ],
+    ids=lambda how: " ".join(how.values()),
+)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_a_bad_row_is_reported_on_a_chosen_support(name, how, bad, who):
+    student, teacher = (z.float() for z in make_logits(tokens=4, vocab=30))
+    broken = {
+        "student": (with_bad_entry(student, 7, bad), teacher),
+        "teacher": (student, with_bad_entry(teacher, 7, bad)),
+    }[who]
+
+    def loss_of(student, teacher):
+        return distill_loss(student, teacher, divergence=name, top_k=5, **how)
+
+    assert_row_1_alone_is_bad(loss_of, (student, teacher), broken)
 
 
 @pytest.mark.parametrize("support", ["teacher_top_k", "student_top_k", "union"])
