@@ -162,7 +162,7 @@ class Objective:
 
     def _estimated(self, group: Group) -> PartialSum:
         entries = make_estimator(self.estimator, policy_gradient=self.policy_gradient)
-        return PartialSum(group, entries, self.temperature)
+        return PartialSum(group, entries, self.temperature, is_estimator=True)
 
     def _sparse(self, group: Group) -> Buckets | PartialSum:
         if self.tail == "none":

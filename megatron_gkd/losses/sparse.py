@@ -157,6 +157,8 @@ class PartialSum(Comparison):
     temperature: float
     num_exact: int | None = None
     """Leading entries that are no draws; the variance of the others' sum is estimated from their scatter."""
+    is_estimator: bool = False
+    """The entry is a sampled token, whose probability is no mass that a support retains."""
 
     def rounds(self, student_TV: Tensor, target: Joined) -> Rounds:
         """See ``Comparison``; stats = w r of the known entries, max and sum of exp, sum_k p_k, variance."""
@@ -190,11 +192,15 @@ class PartialSum(Comparison):
 
     @property
     def detail_names(self) -> tuple[str, ...]:
-        """The teacher's mass on the known entries; for draws the variance of the estimate instead."""
+        """The teacher's mass on the known entries; for draws the variance of the estimate, for an estimator nothing."""
+        if self.is_estimator:
+            return ()
         return ("retained_mass",) if self.num_exact is None else ("variance",)
 
     def details(self, stats_TK: Tensor, target: Joined) -> Tensor:
         """See ``detail_names``."""
+        if self.is_estimator:
+            return stats_TK[:, :0]
         return stats_TK[:, -2:-1] if self.num_exact is None else stats_TK[:, -1:]
 
     def _terms(self, log_p_TK: Tensor, log_q_TK: Tensor, target: Joined) -> tuple[Tensor, Tensor]:

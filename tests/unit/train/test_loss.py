@@ -87,6 +87,16 @@ def test_the_log_probability_of_the_token_is_enough_for_an_estimator():
     torch.testing.assert_close(result.loss_T, log_q_T - signal.token_log_prob_T)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("signal", [hidden_signal(), (top_k_signal(3), None)], ids=["hidden", "top-k"])
+def test_the_probability_of_a_token_is_no_retained_mass(signal, estimator):
+    section = {"divergence": "reverse_kl", "support": "token", "estimator": estimator}
+    _, details = compute(*signal, **section)
+    assert list(details) == ["divergence"]
+    means = {name: values.mean().item() for name, values in details.items()}
+    assert lost_mass_warning(means, LossConfig(**section)) is None
+
+
 @pytest.mark.parametrize("support", ["full", "student_top_k", "union", "sampled"])
 def test_a_top_k_teacher_cannot_be_asked_for_other_entries(support):
     with pytest.raises(
