@@ -6,7 +6,7 @@ That is all the rest of the package needs: with E = sum_v r_v, the gradient is d
 
 offset (q - p) may be added to f without effect, as long as the sum runs over the whole vocabulary: it sums to 0. The
 functions here use it to make every value of a KL at least 0 and the gradient of equal models exactly 0, and name
-``offset``, because a sum over a part of the vocabulary has to take it back.
+``offset``, because a sum over a part of the vocabulary has to take it back, unless the part stands for the whole.
 
 To add one: write such a function (an entry of probability 0 contributes 0, see ``times``) and name it in
 ``DIVERGENCES``. A weighted sum of the two KL directions is a ``WeightedKL``, which needs one collective instead of two.

@@ -147,7 +147,8 @@ class PartialSum(Comparison):
     """sum_k w_k f(log p_k, log q_k) over the known entries, q over the whole vocabulary; w = 1 without weights.
 
     Without weights this is what several systems call a top-k divergence: no bound, for the mass outside counts nothing.
-    With weights 1 / (number of draws * probability of the draw) it is an unbiased estimate of the whole sum. With
+    With weights 1 / (number of draws * probability of the draw) it is an unbiased estimate of the whole sum: with
+    ``num_exact`` the divergence keeps its offset, whose mean is 0, so that equal models have loss and gradient 0. With
     ``estimators`` in place of f, K = 1 and the sampled token, it is k1, k2 or k3. Entries may repeat.
 
     One all-gather of K + 2 numbers per token. d / d x_j = sum_k w_k r_k [id_k = j] - q_j sum_k w_k r_k.
@@ -205,7 +206,7 @@ class PartialSum(Comparison):
 
     def _terms(self, log_p_TK: Tensor, log_q_TK: Tensor, target: Joined) -> tuple[Tensor, Tensor]:
         value_TK, r_TK = self.divergence(log_p_TK, log_q_TK)
-        if self.divergence.offset:  # it sums to 0 over the whole vocabulary only
+        if self.divergence.offset and self.num_exact is None:  # it sums to 0 over the whole vocabulary only
             q_TK = log_q_TK.exp()
             value_TK = value_TK - self.divergence.offset * (q_TK - log_p_TK.exp())
             r_TK = r_TK - self.divergence.offset * q_TK

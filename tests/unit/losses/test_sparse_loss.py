@@ -258,6 +258,19 @@ def test_the_sampled_support_estimates_value_and_gradient_without_bias(name):
     assert relative_error(mine.grad.view(3, num_estimates, -1).mean(1), whole.grad) < 0.1
 
 
+@pytest.mark.parametrize("name", SEPARABLE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equal_models_have_no_sampled_loss_and_no_gradient(name, dtype):
+    student = make_logits(vocab=300)[0].to(dtype)
+    loss, grad = loss_and_gradient(
+        partial(distill_loss, divergence=name, weight=0.3, support="sampled", top_k=8, num_draws=8),
+        student,
+        student.clone(),
+    )
+    assert loss.count_nonzero() == 0
+    assert grad.count_nonzero() == 0
+
+
 def test_the_reported_variance_is_that_of_the_estimate():
     inputs = make_linear_inputs(tokens=2, vocab=200)
     torch.manual_seed(2)
