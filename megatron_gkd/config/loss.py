@@ -90,3 +90,19 @@ class LossConfig(Config):
                 f"divergence=adaptive_kl weighs the whole distribution, but support={self.support}; set support=full"
             )
         return self
+
+    @model_validator(mode="after")
+    def _estimator_is_for_the_token(self) -> Self:
+        if self.support == "token":
+            return self
+        if self.estimator != type(self).model_fields["estimator"].default:
+            raise ValueError(
+                f"estimator={self.estimator} is for support=token, but support={self.support} ignores it; remove it or set "
+                "support=token"
+            )
+        if self.policy_gradient:
+            raise ValueError(
+                f"policy_gradient=true is for support=token, but support={self.support} ignores it; remove it or set "
+                "support=token"
+            )
+        return self

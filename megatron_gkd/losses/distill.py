@@ -117,7 +117,7 @@ def top_k_distill_loss(
         num_tokens=student_TV.shape[0],
         first=first_id(student_TV.shape[-1], group),
     )
-    term = Term("divergence", wanted.scale, wanted.against_entries(group))
+    term = Term("divergence", wanted.scale, wanted.against_entries(group, ids_TK.shape[1]))
     return _Distill.apply(student_TV, Joined([target]), Sum(group, (term,)), num_columns)
 
 

@@ -63,7 +63,7 @@ def entry_goal(
     """The divergence from a teacher's log-probabilities of some ids.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit.
+        ValueError: If shapes or dtypes do not fit, or the support needs other entries.
     """
     target = local_entries(
         ids_TK,
@@ -73,7 +73,8 @@ def entry_goal(
         num_tokens=student.hidden_TH.shape[0],
         first=first_id(student.head_VH.shape[0], group),
     )
-    return Goal(Term("divergence", weight * objective.scale, objective.against_entries(group)), target)
+    comparison = objective.against_entries(group, ids_TK.shape[1])
+    return Goal(Term("divergence", weight * objective.scale, comparison), target)
 
 
 def label_goal(student: Layer, labels_T: Tensor, *, weight: float, group: Group) -> Goal:

@@ -38,6 +38,8 @@ class ObjectiveOptions(TypedDict, total=False):
 
 SUPPORTS = ("full", "teacher_top_k", "student_top_k", "union", "sampled", "token")
 """Entries of the vocabulary that a loss can be computed on."""
+_GIVEN_SUPPORTS = ("full", "teacher_top_k", "token")
+"""Those that entries of a teacher's choice can be: no one can be asked for others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +142,24 @@ class Objective:
             return comparison
         return Limited(comparison.group, comparison, self.max_token_loss)
 
-    def against_entries(self, group: Group) -> Comparison:
+    def against_entries(self, group: Group, num_entries: int) -> Comparison:
         """The comparison with a teacher's log-probabilities of some ids; its target is ``losses.sparse``'s.
 
         With ``support="token"`` each row has one id, the token that follows.
+
+        Raises:
+            ValueError: If the support needs other entries than those given.
         """
+        if self.support not in _GIVEN_SUPPORTS:
+            raise ValueError(
+                f"support={self.support} chooses entries from a teacher's logits, but the entries are given; set "
+                "support=teacher_top_k, or pass the teacher's logits to distill_loss or linear_distill_loss"
+            )
+        if self.support == "token" and num_entries != 1:
+            raise ValueError(
+                f"support=token takes 1 entry per row, the token that follows, but {num_entries} are given; pass ids and "
+                "log-probabilities [tokens, 1], or set support=teacher_top_k"
+            )
         return self.limited(self._estimated(group) if self.support == "token" else self._sparse(group))
 
     def _on_support(self, group: Group) -> OnSupport:
@@ -191,6 +206,11 @@ class Objective:
         if self.support == "token" and self.divergence != "reverse_kl":
             raise ValueError(
                 f"support=token estimates reverse_kl, not {self.divergence}; set divergence=reverse_kl"
+            )
+        if self.support != "token" and (self.estimator != Objective.estimator or self.policy_gradient):
+            raise ValueError(
+                f"estimator={self.estimator} and policy_gradient={self.policy_gradient} say how support=token estimates, but "
+                f"support={self.support} does not; set support=token or leave both out"
             )
         if self.support != "full":
             self._separable()

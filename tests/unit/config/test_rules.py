@@ -63,6 +63,11 @@ from tests.unit.config.conftest import write_hf_config
             r"loss.support=token .* but gkd.lmbda=0.5 .* set gkd.lmbda=1",
         ),
         (["loss.support=token"], "support=token estimates reverse_kl, but divergence=forward_kl"),
+        (["loss.estimator=k2"], "estimator=k2 is for support=token, but support=full ignores it; remove it"),
+        (
+            ["loss={support: sampled, policy_gradient: true}"],
+            "policy_gradient=true is for support=token, but support=sampled ignores it; remove it",
+        ),
         (["loss={support: union, divergence: adaptive_kl}"], "but support=union; set support=full"),
         (["rollout.tensor_model_parallel_size=3"], "does not divide the student's 4 attention heads"),
     ],

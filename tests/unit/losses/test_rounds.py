@@ -16,7 +16,7 @@ from megatron_gkd.losses.cross_entropy import LabelComparison
 from megatron_gkd.losses.sparse import local_entries
 from tests.support.loss_cases import make_known_entries, make_labels, make_logits, make_upstream
 
-VOCAB = 64
+VOCAB, NUM_KNOWN = 64, 20
 SPLITS = {"2": [0, 40, 64], "4 uneven": [0, 3, 40, 41, 64], "4 with an empty shard": [0, 30, 64, 64, 64]}
 
 
@@ -53,8 +53,12 @@ def comparison_of(how: dict, group: Any) -> Sum:
     objective, sft_weight = how["objective"], how.get("sft_weight", 0.0)
     terms = []
     if objective is not None:
-        kind = objective.against_entries if how.get("from_entries") else objective.against_logits
-        terms.append(Term("divergence", (1 - sft_weight) * objective.scale, kind(group)))
+        comparison = (
+            objective.against_entries(group, NUM_KNOWN)
+            if how.get("from_entries")
+            else objective.against_logits(group)
+        )
+        terms.append(Term("divergence", (1 - sft_weight) * objective.scale, comparison))
     if sft_weight:
         terms.append(Term("cross_entropy", sft_weight, LabelComparison(group)))
     return Sum(group, tuple(terms))
@@ -66,7 +70,7 @@ def target_of(how: dict, teacher, first: int, last: int) -> Joined:
     shard: Any = teacher[:, first:last]
     targets = []
     if how.get("from_entries"):
-        entries = make_known_entries(teacher, dtype=torch.float32)
+        entries = make_known_entries(teacher, NUM_KNOWN, dtype=torch.float32)
         targets.append(
             local_entries(*entries, None, tail=objective.tail, num_tokens=len(teacher), first=first)
         )

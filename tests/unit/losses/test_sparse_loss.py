@@ -342,6 +342,15 @@ def test_weights_make_repeated_draws_count():
         ({"support": "all"}, "unknown support 'all'"),
         ({"support": "token"}, "support=token estimates reverse_kl, not jsd"),
         ({"top_k": 0}, "top_k 0 must be at least 1"),
+        ({"support": "union"}, "support=union chooses entries .* set support=teacher_top_k"),
+        ({"support": "student_top_k"}, "support=student_top_k chooses entries"),
+        ({"support": "sampled"}, "support=sampled chooses entries"),
+        (
+            {"support": "token", "divergence": "reverse_kl"},
+            "support=token takes 1 entry per row, .* but 3 are given",
+        ),
+        ({"estimator": "k1"}, "estimator=k1 .* support=full does not; set support=token or leave both out"),
+        ({"policy_gradient": True, "support": "union"}, "policy_gradient=True .* support=union does not"),
     ],
 )
 def test_a_wrong_argument_is_named_with_the_fix(change, message):
