@@ -8,10 +8,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_gkd.cli.outcome import FAILED, run_tool
-from megatron_gkd.config import load_config
+from megatron_gkd.config import GkdConfig, load_config, load_hf_shapes
+
+if TYPE_CHECKING:
+    import torch
 
 TAILED_SUPPORTS = ("teacher_top_k", "student_top_k", "union")
 TAILS = ("bucket", "renormalize", "none")
@@ -42,6 +45,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config", type=Path, action="append", help="certify the loss of this run; repeatable"
     )
+    parser.add_argument(
+        "--dp", type=int, default=1, help="copies of the student of --config; its back end depends on them"
+    )
     parser.add_argument("--divergence", nargs="+", metavar="NAME", help="these divergences only")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--tokens-per-chunk", type=int, nargs="+", default=[16, 64], metavar="N")
@@ -49,6 +55,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.tp is not None and options.tp < 1:
         parser.error(f"--tp {options.tp} is not at least 1")
+    if options.dp < 1:
+        parser.error(f"--dp {options.dp} is not at least 1")
     return options
 
 
@@ -88,13 +96,14 @@ def _certify_on_rank(rank: int, tp_size: int, folder: Path, options: argparse.Na
     dist.init_process_group(
         platform.collective_backend, init_method=f"file://{folder}/ranks", rank=rank, world_size=tp_size
     )
-    certificates = [certify(case, group=dist.group.WORLD, device=platform.device) for case in _cases(options)]
+    cases = _cases(options, tp_size, platform.device)
+    certificates = [certify(case, group=dist.group.WORLD, device=platform.device) for case in cases]
     if rank == 0:
         (folder / "rows.json").write_text(json.dumps([_row(certificate) for certificate in certificates]))
     dist.destroy_process_group()
 
 
-def _cases(options: argparse.Namespace) -> list[Any]:
+def _cases(options: argparse.Namespace, tp_size: int, device: "torch.device") -> list[Any]:
     import torch
 
     from megatron_gkd.losses.certificate import Case
@@ -102,7 +111,7 @@ def _cases(options: argparse.Namespace) -> list[Any]:
     if options.config:
         from megatron_gkd.train.loss import case_of_run
 
-        return [case_of_run(load_config(options.config))]
+        return [case_of_run(_as_trained(load_config(options.config), tp_size, options.dp, device))]
     dtypes = [{"fp32": torch.float32, "bf16": torch.bfloat16}[name] for name in options.dtype]
     return [
         Case(dtype=dtype, tokens_per_chunk=tokens_per_chunk, **how)
@@ -110,6 +119,21 @@ def _cases(options: argparse.Namespace) -> list[Any]:
         for tokens_per_chunk in options.tokens_per_chunk
         for how in _losses(options.divergence)
     ]
+
+
+def _as_trained(config: GkdConfig, tp_size: int, dp_size: int, device: "torch.device") -> GkdConfig:
+    """The configuration on ``tp_size`` ranks a copy, with the back end that the trainer takes there."""
+    from megatron_gkd.train.backend import with_backend
+
+    parallel = config.student.parallel.model_copy(update={"tensor_model_parallel_size": tp_size})
+    student = config.student.model_copy(update={"parallel": parallel})
+    return with_backend(
+        config.model_copy(update={"student": student}),
+        tp_size=tp_size,
+        dp_size=dp_size,
+        vocab_size=load_hf_shapes(student.hf_folder).vocab_size,
+        device=device,
+    )
 
 
 def _losses(names: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -150,6 +174,7 @@ def _row(certificate: Any) -> dict[str, Any]:
         "dtype": str(case.dtype).removeprefix("torch."),
         "tp": certificate.tp_size,
         "tokens_per_chunk": case.tokens_per_chunk,
+        "backend": None if case.objective is None else case.objective.backend,
         "value_error": certificate.value_error,
         "student_error": certificate.student_error,
         "head_error": certificate.head_error,

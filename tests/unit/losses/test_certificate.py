@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from megatron_gkd.cli import verify_loss
 from megatron_gkd.config import load_config
@@ -95,9 +96,8 @@ def in_this_process(monkeypatch):
     """The tool without ranks of its own."""
 
     def certify_here(options):
-        return [
-            verify_loss._row(certify(case, group=None, device=CPU)) for case in verify_loss._cases(options)
-        ]
+        cases = verify_loss._cases(options, 1, CPU)
+        return [verify_loss._row(certify(case, group=None, device=CPU)) for case in cases]
 
     monkeypatch.setattr(verify_loss, "_certify_on_ranks", certify_here)
 
@@ -126,6 +126,29 @@ def test_the_tool_certifies_the_loss_of_a_run(in_this_process, config_file, tmp_
     assert verify_loss.main(["--config", str(config_file), "--json", str(file)]) == 0
     (row,) = json.loads(file.read_text())["rows"]
     assert (row["loss"], row["dtype"], row["tokens_per_chunk"]) == ("forward_kl", "bfloat16", 2048)
+    assert row["backend"] == "eager"
+
+
+@pytest.mark.parametrize(
+    ("train_iters", "layout", "backend", "tokens_per_chunk"),
+    [
+        (10, [], "eager", 341),
+        (10, ["--tp", "2"], "eager", 682),
+        (4000, [], "compiled", 341),
+        (4000, ["--tp", "2"], "compiled", 682),
+        (4000, ["--dp", "1000"], "eager", 341),
+    ],
+)
+def test_the_tool_certifies_the_chunk_and_the_back_end_that_the_trainer_takes(
+    config_file, tree, train_iters, layout, backend, tokens_per_chunk
+):
+    for model in ("student", "teacher"):
+        write_hf_config(Path(tree[model]["hf"]), vocab_size=49_152)
+    tree["train"]["train_iters"] = train_iters
+    config_file.write_text(yaml.safe_dump(tree))
+    options = verify_loss._parse(["--config", str(config_file), *layout])
+    (case,) = verify_loss._cases(options, options.tp or 1, CPU)
+    assert (case.objective.backend, case.tokens_per_chunk) == (backend, tokens_per_chunk)
 
 
 def test_a_wrong_loss_gives_exit_code_1_and_is_marked(monkeypatch, capsys):
