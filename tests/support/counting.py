@@ -1,8 +1,9 @@
 """Count what a piece of code allocates and communicates, operation by operation."""
 
+import weakref
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,6 +17,8 @@ class Counts:
     )  # (name, bytes that this rank contributes)
     largest_allocation: int = 0  # elements of the largest storage that an operation returned and no input had
     total_allocated: int = 0  # elements
+    live_bytes: int = 0  # of new storages that something still holds
+    peak_bytes: int = 0  # the most that ever lived at the end of an operation
     order: list[str] = field(
         default_factory=list
     )  # "product" (of two matrices) and "collective", as they began
@@ -27,7 +30,10 @@ class Counts:
 
 
 class counted(TorchDispatchMode):
-    """``with counted() as counts``: collectives and new storages of everything that runs, autograd included."""
+    """``with counted() as counts``: collectives and new storages of everything that runs, autograd included.
+
+    What an operation allocates inside itself is not seen.
+    """
 
     def __init__(self):
         super().__init__()
@@ -54,4 +60,15 @@ class counted(TorchDispatchMode):
                 elements = leaf.untyped_storage().nbytes() // leaf.element_size()
                 self.counts.largest_allocation = max(self.counts.largest_allocation, elements)
                 self.counts.total_allocated += elements
+                known.add(leaf.untyped_storage().data_ptr())  # one storage may be returned twice
+                self._watch(leaf.untyped_storage())
         return result
+
+    def _watch(self, storage: UntypedStorage) -> None:
+        """Count the storage until it is freed."""
+        self.counts.live_bytes += storage.nbytes()
+        self.counts.peak_bytes = max(self.counts.peak_bytes, self.counts.live_bytes)
+        weakref.finalize(storage, self._forget, storage.nbytes())
+
+    def _forget(self, num_bytes: int) -> None:
+        self.counts.live_bytes -= num_bytes

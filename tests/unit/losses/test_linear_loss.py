@@ -15,6 +15,7 @@ from tests.support.loss_cases import (
     CASE_NAMES,
     DIVERGENCE_CASES,
     SMOOTH_CASES,
+    LinearInputs,
     case_names,
     make_labels,
     make_linear_inputs,
@@ -162,6 +163,30 @@ def test_no_allocation_holds_the_logits_of_all_tokens(name, is_weighted):
         result = case.loss(student, head, tokens_per_chunk=8, **options)
         (result[0] if is_weighted else result.sum()).backward()
     assert counts.largest_allocation == 8 * 1024  # logits of one chunk, or the head's gradient
+
+
+def peak_bytes(name, tokens, vocab, tokens_per_chunk=16):
+    """The most that lives beside the inputs, in forward and backward with hidden states of 8 numbers."""
+    case = Case(name, {}, tokens=tokens, vocab=vocab, hidden=8, teacher_hidden=8)
+    case.inputs = LinearInputs(*(x.float() for x in case.inputs))
+    student, head = case.leaves(torch.float32)
+    options = {} if name == "cross_entropy" else {"backend": "eager"}
+    weight = case.upstream.float()
+    with counted() as counts:
+        total, _ = case.loss(
+            student, head, tokens_per_chunk=tokens_per_chunk, token_weight_T=weight, **options
+        )
+        total.backward()
+    return counts.peak_bytes
+
+
+@pytest.mark.parametrize("name", [*DIVERGENCES, "cross_entropy"])
+def test_the_peak_of_memory_grows_with_the_vocabulary_and_not_with_the_tokens(name):
+    peak = peak_bytes(name, 64, 1024)
+    per_token = (peak_bytes(name, 128, 1024) - peak) / 64
+    assert per_token <= 4 * (8 + 4)  # the gradient of the hidden states, the loss and its details
+    assert 1.8 <= peak_bytes(name, 64, 2048) / peak <= 2.2
+    assert peak_bytes(name, 64, 1024, tokens_per_chunk=32) >= 1.4 * peak  # the peak is that of a chunk
 
 
 @pytest.mark.parametrize("name", [*DIVERGENCES, "cross_entropy"])
