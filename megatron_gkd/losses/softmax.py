@@ -17,6 +17,8 @@ _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else 
 
 _ELEMENTS_PER_PIECE = 1 << 18
 """Entries of one elementwise pass on CPU: a float32 temporary of 1 MiB stays in the second-level cache."""
+_ELEMENTS_PER_ACCELERATOR_PIECE = 1 << 26
+"""Of one on an accelerator: a float32 temporary takes 256 MiB, and a pass is long beside the launch of a kernel."""
 _MIN_ROWS_PER_BLOCK = 8
 """A fused pass is not made for single rows."""
 
@@ -109,11 +111,12 @@ def num_real_columns(num_columns: int, group: Group, valid_vocab_size: int | Non
 
 
 def row_pieces(logits_TV: Tensor, rows_per_piece: int | None = None) -> Iterator[slice]:
-    """Slices of rows for elementwise passes; by default cache-sized on a CPU, all rows at once on an accelerator."""
+    """Slices of rows for elementwise passes; by default cache-sized on a CPU, and few and large on an accelerator."""
     num_rows, num_columns = logits_TV.shape
     if rows_per_piece is None:
         is_cached = logits_TV.device.type == "cpu"
-        rows_per_piece = max(1, _ELEMENTS_PER_PIECE // max(num_columns, 1)) if is_cached else max(num_rows, 1)
+        num_elements = _ELEMENTS_PER_PIECE if is_cached else _ELEMENTS_PER_ACCELERATOR_PIECE
+        rows_per_piece = max(1, num_elements // max(num_columns, 1))
     return row_slices(num_rows, rows_per_piece)
 
 

@@ -6,6 +6,7 @@ import torch
 from megatron_gkd.losses import distill_loss
 from megatron_gkd.losses.kernels import eager
 from megatron_gkd.losses.objective import Objective
+from megatron_gkd.losses.softmax import row_pieces
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
@@ -30,6 +31,24 @@ def test_a_pass_takes_as_many_rows_as_it_is_told(monkeypatch):
     )
     distill_loss(torch.zeros(5, 30), torch.ones(5, 30), divergence="forward_kl", rows_per_pass=2)
     assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "sizes"),
+    [
+        ("cpu", (5, 2**17), [2, 2, 1]),
+        ("cpu", (2, 2**19), [1, 1]),
+        ("cpu", (0, 30), []),
+        ("meta", (4096, 30), [4096]),
+        ("meta", (1000, 151_936), [441, 441, 118]),
+        ("meta", (2, 2**27), [1, 1]),
+        ("meta", (3, 0), [3]),
+        ("meta", (0, 30), []),
+    ],
+)
+def test_a_pass_is_cache_sized_on_a_cpu_and_bounded_on_any_other_device(device, shape, sizes):
+    logits_TV = torch.empty((), device=device).expand(shape)
+    assert [rows.stop - rows.start for rows in row_pieces(logits_TV)] == sizes
 
 
 def test_a_pass_without_rows_is_refused():
