@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_gkd.config.errors import ConfigError
 from megatron_gkd.config.explain import all_keys, did_you_mean
 from megatron_gkd.config.hf_shapes import HfShapes, count_token_ids, load_hf_shapes, load_served_model
+from megatron_gkd.config.loss_rules import find_loss_problems
 from megatron_gkd.config.weight_files import find_checkpoint_problems, find_hf_problems, find_output_problems
 
 if TYPE_CHECKING:
@@ -31,9 +32,7 @@ def find_file_problems(config: "GkdConfig") -> list[str]:
         *_embedded_engine_problems(config),
         *_unknown_key_problems(config),
         *_data_problems(config.data, config.evaluation),
-        *_loss_problems(config),
-        *_estimator_problems(config),
-        *_sparse_loss_problems(config),
+        *find_loss_problems(config),
     ]
     shapes: dict[str, HfShapes] = {}
     for name, model in config.models.items():
@@ -254,31 +253,6 @@ def _served_teacher_problems(config: "GkdConfig", student: HfShapes) -> Iterator
         yield f"teacher.top_k={teacher.top_k} is above the teacher's vocab_size={vocab_size}; lower it"
 
 
-def _sparse_loss_problems(config: "GkdConfig") -> Iterator[str]:
-    """Of losses that need more of the teacher than the top k of a server, at temperature 1."""
-    loss = config.loss
-    if config.teacher.kind != "server":
-        return
-    if loss.support not in ("teacher_top_k", "token"):
-        yield (
-            f"loss.support={loss.support} needs the teacher's whole distribution, and teacher.kind=server tells its top_k; set "
-            "loss.support=teacher_top_k or use teacher.kind=megatron"
-        )
-    temperature = loss.temperature if loss.teacher_temperature is None else loss.teacher_temperature
-    if temperature != 1:
-        key = "temperature" if loss.teacher_temperature is None else "teacher_temperature"
-        yield (
-            f"loss.{key}={temperature} would need the teacher's whole distribution, and teacher.kind=server tells its top_k at "
-            "temperature 1; set loss.teacher_temperature=1 or use teacher.kind=megatron"
-        )
-    if loss.teacher_logit_scale != 1 or loss.teacher_logit_soft_cap is not None:
-        yield (
-            f"loss.teacher_logit_scale={loss.teacher_logit_scale} and loss.teacher_logit_soft_cap="
-            f"{loss.teacher_logit_soft_cap} change logits, which teacher.kind=server has turned into log-probabilities "
-            "already; leave them out"
-        )
-
-
 def _embedded_engine_problems(config: "GkdConfig") -> Iterator[str]:
     if config.rollout.kind != "megatron":
         return
@@ -292,48 +266,6 @@ def _embedded_engine_problems(config: "GkdConfig") -> Iterator[str]:
             "rollout.kind=megatron passes every token through the pipeline once, which "
             f"student.parallel.virtual_pipeline_model_parallel_size={chunks} would repeat; "
             "set it to 1 or use rollout.kind=sglang"
-        )
-
-
-def _loss_problems(config: "GkdConfig") -> Iterator[str]:
-    kind, sft_weight = config.teacher.kind, config.loss.sft_weight
-    if kind == "none" and sft_weight != 1:
-        yield (
-            f"loss.sft_weight={sft_weight} leaves a share to a divergence, but teacher.kind=none; set loss.sft_weight=1 or "
-            "give a teacher"
-        )
-    if kind != "none" and sft_weight == 1:
-        yield (
-            f"loss.sft_weight=1.0 leaves nothing for teacher.kind={kind}; set teacher.kind=none or lower loss.sft_weight"
-        )
-
-
-def _estimator_problems(config: "GkdConfig") -> Iterator[str]:
-    """Of losses whose mean is right only over tokens drawn from the distribution that they are computed with."""
-    loss, rollout = config.loss, config.rollout
-    if loss.support != "token":
-        return
-    if config.gkd.lmbda < 1:
-        yield (
-            f"loss.support=token estimates from tokens that the student wrote, but gkd.lmbda={config.gkd.lmbda} takes some "
-            "from data; set gkd.lmbda=1"
-        )
-    if rollout.temperature != loss.temperature:
-        yield (
-            f"loss.support=token estimates from tokens drawn at loss.temperature={loss.temperature}, but rollout.temperature="
-            f"{rollout.temperature} draws others; set rollout.temperature={loss.temperature}"
-        )
-    for key, value, off in (("top_p", rollout.top_p, 1), ("top_k", rollout.top_k, -1)):
-        if value != off:
-            yield (
-                f"loss.support=token estimates from tokens of the student's whole distribution, but rollout.{key}={value} "
-                f"draws from a part of it; set rollout.{key}={off}"
-            )
-    if config.evaluation.files:
-        yield (
-            f"loss.support=token estimates from tokens that the student wrote, but evaluation.files="
-            f"{[str(file) for file in config.evaluation.files]} holds those of others, on which it means nothing; set "
-            "evaluation.files=[]"
         )
 
 

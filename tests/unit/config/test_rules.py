@@ -106,6 +106,15 @@ def test_an_estimate_from_tokens_that_are_not_drawn_from_the_students_distributi
         load_config(config_file, ESTIMATOR + overrides)
 
 
+def test_an_estimate_whose_gradient_has_the_mean_0_is_refused(config_file):
+    section = "loss={{support: token, divergence: reverse_kl, estimator: k1, policy_gradient: {}}}"
+    load_config(config_file, [section.format("true"), "gkd.lmbda=1"])
+    with pytest.raises(
+        ConfigError, match=r"loss.estimator=k1 .* set loss.policy_gradient=true, or .*k2 or k3"
+    ):
+        load_config(config_file, [section.format("false"), "gkd.lmbda=1"])
+
+
 @pytest.mark.parametrize("kind", ["sglang", "megatron"])
 def test_an_estimate_at_another_temperature_takes_tokens_drawn_at_it(config_file, kind):
     load_config(config_file, [*ESTIMATOR, "loss.temperature=2", f"rollout={{kind: {kind}, temperature: 2}}"])
