@@ -209,10 +209,10 @@ def _refuse(message: str, config: GkdConfig | None) -> int:
     Ranks mostly refuse alike, and rank 0 speaks for all. What only another rank finds (a file that its node lacks, a device that
     is not there) is said by that rank, or before the run has a folder by the first of each node.
     """
-    is_noted = config is not None and _note_end(config, "refused", 0, message)
+    speaks = config is not None and _note_end(config, "refused", 0, message)
     if _rank() == 0:
         sys.stderr.write(f"refused: {message}\n")
-    elif is_noted or (config is None and os.environ.get("LOCAL_RANK") == "0"):
+    elif speaks or (config is None and os.environ.get("LOCAL_RANK") == "0"):
         sys.stderr.write(f"refused: {_place()}: {message}\n")
     return REFUSED
 
@@ -225,13 +225,16 @@ def _note_start(config: GkdConfig) -> None:
 
 
 def _note_end(config: GkdConfig, state: Literal["refused", "failed"], iteration: int, reason: str) -> bool:
-    """Note how the run ended, unless another rank has; whether this rank did.
+    """Note how the run ended, unless another rank has told; whether this rank is the one to tell.
 
     The first to fail knows the cause, the others often only that a connection was lost. Where all fail alike, rank 0 speaks.
+    While rank 0 does not hold the folder, its files are another run's.
     """
     if _rank() > 0:
         time.sleep(RANK_0_FIRST_S)
         reason = f"{_place()}: {reason}"
+        if not RunLock(config.train.output_dir).is_of_this_launch():
+            return True
     file = _status_file(config)
     status = _read_status(file)
     if status is not None and status.state != "running":

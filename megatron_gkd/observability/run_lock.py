@@ -24,7 +24,7 @@ class FolderInUseError(RuntimeError):
 
 
 class RunLock:
-    """Held by one process of a run from ``acquire`` to its end, however it ends.
+    """Held by one process of a run from ``acquire`` to its end, however it ends. Processes forked from it do not hold it.
 
     Args:
         output_dir: Folder of the run; made if it is not there.
@@ -58,10 +58,23 @@ class RunLock:
                 log.warning("%s is held by %s; waiting up to %.0f s for it to end", self.path, owner, lease_s)
                 has_warned = True
             time.sleep(POLL_S)
+        os.register_at_fork(after_in_child=self._file.close)
         self._file.truncate(0)
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}))
+        owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "launch": _launch(),
+        }
+        self._file.write(json.dumps(owner))
         self._file.flush()
+
+    def is_of_this_launch(self) -> bool:
+        """Whether a process that torchrun started together with this one was the last to hold the lock."""
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))["launch"] == _launch()
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _is_taken(self) -> bool:
         """Whether this process has the lock now, or nobody can have it."""
@@ -81,3 +94,8 @@ class RunLock:
             return owner["host"], f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
         except (ValueError, KeyError, TypeError):
             return "", "a run that starts at this moment"
+
+
+def _launch() -> list[str]:
+    """Equal on all ranks of a launch, and on no other one that runs at the same time."""
+    return [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")]

@@ -72,12 +72,25 @@ def test_the_first_rank_that_fails_says_why(tmp_path, monkeypatch, first, second
     config = load_config(write_run_config(tmp_path))
     status = StatusFile(config.train.output_dir)
     status.write("stopped", 3, "an earlier start")
+    RunLock(config.train.output_dir).acquire()
     pretrain._note_start(config)
     assert status.read() == Status("running", 3, "starting")
     for rank, reason in ((first, "out of memory"), (second, "connection closed")):
         monkeypatch.setenv("RANK", str(rank))
         pretrain._note_end(config, "failed", 4, reason)
     assert status.read() == Status("failed", 4, noted.format(host=socket.gethostname()))
+
+
+def test_a_rank_of_a_launch_without_the_folder_tells_the_terminal_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain, "RANK_0_FIRST_S", 0.0)
+    config = load_config(write_run_config(tmp_path))
+    RunLock(config.train.output_dir).acquire()
+    pretrain._note_start(config)
+    monkeypatch.setenv("MASTER_PORT", "29512")
+    monkeypatch.setenv("RANK", "1")
+    assert pretrain._refuse("no such file", config) == 2
+    assert capsys.readouterr().err == f"refused: rank 1 on {socket.gethostname()}: no such file\n"
+    assert StatusFile(config.train.output_dir).read() == Status("running", 0, "starting")
 
 
 def test_a_damaged_status_file_does_not_keep_a_run_from_starting(tmp_path):

@@ -4,9 +4,11 @@ import errno
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,7 +61,7 @@ def test_the_lease_of_another_machine_is_waited_for(tmp_path, other_run, monkeyp
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(socket, "gethostname", lambda: "node-2")
         with pytest.raises(FolderInUseError):
-            RunLock(tmp_path / "run").acquire(lease_s=0.05)
+            RunLock(tmp_path / "run").acquire(lease_s=0.4)
         assert caplog.text.count("waiting up to 0 s") == 1, "said once"
         elsewhere.setattr(run_lock.time, "sleep", lambda _: (other_run.kill(), other_run.wait()))
         lock = RunLock(tmp_path / "run")
@@ -71,6 +73,49 @@ def test_a_run_that_has_not_said_who_it_is_is_waited_for(tmp_path, other_run):
     (tmp_path / "run" / "run.lock").write_text("")
     with pytest.raises(FolderInUseError, match="a run that starts at this moment"):
         RunLock(tmp_path / "run").acquire(lease_s=0)
+
+
+def test_a_forked_process_does_not_keep_the_folder(tmp_path):
+    code = HOLD.replace("print(", "os.fork() or time.sleep(60); print(").replace(
+        "import sys,", "import os, time, sys,"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "run"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        process.kill()
+        process.wait()
+        try:
+            acquire_within(RunLock(tmp_path / "run"), 10)  # the forked process may not have run yet
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def acquire_within(lock, timeout_s):
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return lock.acquire()
+        except FolderInUseError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def test_ranks_of_one_launch_know_the_lock_of_theirs(tmp_path, monkeypatch):
+    lock = RunLock(tmp_path)
+    assert not lock.is_of_this_launch(), "nobody holds it yet"
+    monkeypatch.setenv("MASTER_PORT", "29511")
+    lock.acquire()
+    assert RunLock(tmp_path).is_of_this_launch()
+    monkeypatch.setenv("MASTER_PORT", "29512")
+    assert not RunLock(tmp_path).is_of_this_launch()
 
 
 def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
