@@ -17,10 +17,14 @@ SUPERSEDED = "superseded"
 """Folder beside the checkpoints for those that a run did not continue; nothing reads it."""
 
 
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """Folders ``iter_<n>``, the oldest first; what is in them is not looked at, what has another name is not ours."""
+    return sorted(p for p in folder.glob("iter_*") if p.name.removeprefix("iter_").isdecimal())
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Folders with a manifest, the oldest first; their files are not looked at."""
-    found = (p for p in folder.glob("iter_*") if p.suffix != UNFINISHED and (p / MANIFEST).is_file())
-    return sorted(found)
+    """Those that have a manifest; their files are not looked at."""
+    return [checkpoint for checkpoint in finished_checkpoints(folder) if (checkpoint / MANIFEST).is_file()]
 
 
 def find_best(folder: Path, metric: str) -> Path | None:
@@ -42,9 +46,7 @@ def set_aside_after(folder: Path, iteration: int) -> None:
 
     Left where they are, they would be taken for the newest, by retention and by the next resume.
     """
-    later = [
-        p for p in sorted(folder.glob("iter_*")) if p.suffix != UNFINISHED and _iteration_of(p) > iteration
-    ]
+    later = [p for p in finished_checkpoints(folder) if int(p.name.removeprefix("iter_")) > iteration]
     for checkpoint in later:
         target = _free_name(folder / SUPERSEDED / checkpoint.name)
         target.parent.mkdir(exist_ok=True)
@@ -58,11 +60,6 @@ def set_aside_after(folder: Path, iteration: int) -> None:
     link = folder / BEST
     if link.is_symlink() and not link.exists():
         link.unlink()
-
-
-def _iteration_of(checkpoint: Path) -> float:
-    digits = checkpoint.name.removeprefix("iter_")
-    return int(digits) if digits.isdecimal() else math.inf
 
 
 def _free_name(path: Path) -> Path:

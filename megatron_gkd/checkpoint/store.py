@@ -34,6 +34,7 @@ from megatron_gkd.checkpoint.results_queue import keep_results_through_signals
 from megatron_gkd.checkpoint.retention import (
     UNFINISHED,
     find_best,
+    finished_checkpoints,
     link_best,
     remove_superseded,
     set_aside_after,
@@ -180,9 +181,9 @@ class CheckpointStore:
         Raises:
             CheckpointError: All are damaged.
         """
-        names = broadcast_json(sorted(p.name for p in self._folder.glob("iter_*")), device=self._device)
-        finished, damages = [name for name in names if not name.endswith(UNFINISHED)], []
-        for name in reversed(finished):
+        names = broadcast_json([p.name for p in finished_checkpoints(self._folder)], device=self._device)
+        damages = []
+        for name in reversed(names):
             damage = check_everywhere(self._folder / name, device=self._device)
             if damage is None:
                 return self._folder / name

@@ -94,7 +94,7 @@ def check_resume(config: "GkdConfig") -> None:
     if not config.checkpoint.resume:
         return
     for folder in sorted(config.checkpoint_dir.glob("iter_*"), reverse=True):
-        if folder.suffix != ".tmp" and (folder / STATE_FILE).is_file():
+        if folder.name.removeprefix("iter_").isdecimal() and (folder / STATE_FILE).is_file():
             permitted_changes(folder, config)
             return
 

@@ -36,6 +36,7 @@ def find_file_problems(config: "GkdConfig") -> list[str]:
     ]
     shapes: dict[str, HfShapes] = {}
     for name, model in config.models.items():
+        problems += _own_checkpoint_problems(config, name, model)
         try:
             shapes[name] = _load_shapes(name, model)
         except ConfigError as error:
@@ -123,6 +124,16 @@ def _weight_problems(name: str, model: "ModelConfig") -> Iterator[str]:
     elif model.checkpoint is not None:
         for problem in find_checkpoint_problems(model.checkpoint):
             yield f"{name}.checkpoint={str(model.checkpoint)!r}: {problem}"
+
+
+def _own_checkpoint_problems(config: "GkdConfig", name: str, model: "ModelConfig") -> Iterator[str]:
+    if model.checkpoint is not None and model.checkpoint.resolve().is_relative_to(
+        config.checkpoint_dir.resolve()
+    ):
+        yield (
+            f"{name}.checkpoint={str(model.checkpoint)!r} lies among the checkpoints of train.output_dir="
+            f"{str(config.train.output_dir)!r}, which this run moves and removes; name another train.output_dir"
+        )
 
 
 def _output_problems(config: "GkdConfig", student: HfShapes) -> Iterator[str]:

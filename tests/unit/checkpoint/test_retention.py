@@ -76,9 +76,10 @@ def test_later_checkpoints_make_room_for_those_of_the_run_that_goes_on_without_t
 
 def test_a_run_that_starts_anew_leaves_no_old_checkpoint_in_its_way(tmp_path):
     write(tmp_path, 7)
-    (tmp_path / "iter_0000008.tmp").mkdir()
+    for name in ("iter_0000008.tmp", "iter_0000006.mine"):
+        (tmp_path / name).mkdir()
     set_aside_after(tmp_path, 0)
-    assert names(tmp_path) == ["iter_0000008.tmp", "superseded"]
+    assert names(tmp_path) == ["iter_0000006.mine", "iter_0000008.tmp", "superseded"]
 
 
 def test_the_link_follows_the_best(tmp_path):

@@ -30,6 +30,14 @@ from tests.unit.config.conftest import write_hf_config
             ["data.max_teacher_prompt_length=900"],
             r"max_teacher_prompt_length=900 \+ rollout.max_new_tokens=256 = 1156 tokens, but the teacher",
         ),
+        (
+            [
+                "student.hf=null",
+                "student.checkpoint=OUTPUT/checkpoints/iter_0000001",
+                "train.output_dir=OUTPUT",
+            ],
+            r"student.checkpoint='OUTPUT/.*' lies among the checkpoints .* name another train.output_dir",
+        ),
         (["data.prompts=[a.jsonl]"], "data.prompts='a.jsonl': no such file"),
         (["evaluation.files=b.parquet"], "evaluation.files='b.parquet': no such file"),
         (["data.chat_template=c.jinja"], "data.chat_template='c.jinja': no such file"),
