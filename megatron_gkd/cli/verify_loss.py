@@ -124,7 +124,10 @@ def _cases(options: argparse.Namespace, tp_size: int, device: "torch.device") ->
 def _as_trained(config: GkdConfig, tp_size: int, dp_size: int, device: "torch.device") -> GkdConfig:
     """The configuration on ``tp_size`` ranks a copy, with the back end that the trainer takes there."""
     from megatron_gkd.train.backend import with_backend
+    from megatron_gkd.train.inputs import build_tokenizer, with_iterations
 
+    if config.train.epochs:
+        config = with_iterations(config, build_tokenizer(config))
     parallel = config.student.parallel.model_copy(update={"tensor_model_parallel_size": tp_size})
     student = config.student.model_copy(update={"parallel": parallel})
     return with_backend(

@@ -20,7 +20,7 @@ from megatron_gkd.train.build import (
     make_micro_batches,
     start_world,
 )
-from megatron_gkd.train.inputs import build_tokenizer
+from megatron_gkd.train.inputs import build_tokenizer, with_iterations
 from megatron_gkd.train.preconditions import require_loss_backend, require_teacher
 from megatron_gkd.train.step import attach_signals, train_step
 
@@ -51,6 +51,7 @@ def dry_run(config: GkdConfig, platform: Platform) -> str:
         CheckpointError: A model's checkpoint is damaged.
     """
     tokenizer = build_tokenizer(config)
+    config = with_iterations(config, tokenizer)
     require_loss_backend(config, platform.device)
     require_teacher(config, tokenizer)
     join_job(platform.collective_backend)

@@ -51,6 +51,13 @@ def build_prompts(config: GkdConfig, tokenizer: Tokenizer) -> PromptStream:
     return MixedPrompts(streams, config.data.weights) if config.data.weights else streams[0]
 
 
+def with_iterations(config: GkdConfig, tokenizer: Tokenizer) -> GkdConfig:
+    """The configuration with ``train.epochs`` counted in iterations, which takes a look at the prompts."""
+    if not config.train.epochs:
+        return config
+    return config.with_iterations(build_prompts(config, tokenizer).prompts_per_pass)
+
+
 def build_validation_prompts(config: GkdConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]:
     """The rows that the loss is measured on; none without ``evaluation.files``.
 

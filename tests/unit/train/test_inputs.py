@@ -10,7 +10,12 @@ from megatron_gkd.config import load_config
 from megatron_gkd.data.streaming import StreamedPrompts
 from megatron_gkd.data.streams import MixedPrompts, PromptLoader
 from megatron_gkd.data.tokenizer import DataError
-from megatron_gkd.train.inputs import build_prompts, build_tokenizer, build_validation_prompts
+from megatron_gkd.train.inputs import (
+    build_prompts,
+    build_tokenizer,
+    build_validation_prompts,
+    with_iterations,
+)
 from tests.support.tiny_models import EOS_ID, TOKENIZER_SIZE, write_tiny_model
 
 
@@ -151,3 +156,10 @@ def test_a_tokenizer_with_more_ids_than_the_student_has_rows_is_refused(build, t
         DataError, match=rf"has {TOKENIZER_SIZE} ids, but the student .* only 100 rows.*data\.tokenizer"
     ):
         build_tokenizer(config.model_copy(update={"student": student}))
+
+
+def test_epochs_are_counted_in_iterations_before_anything_that_depends_on_their_number(build):
+    config, tokenizer = build("train.train_iters=0", "train.epochs=2")
+    assert with_iterations(config, tokenizer).train.train_iters == 3, "2 x 6 prompts in batches of 4"
+    config, tokenizer = build()
+    assert with_iterations(config, tokenizer) is config
