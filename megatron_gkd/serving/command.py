@@ -76,6 +76,10 @@ class ServerSettings:
             )
         if not (self.model_folder / "config.json").is_file():
             raise ValueError(f"{self.model_folder} is not a Hugging Face model folder: it has no config.json")
+        if self.api_key and "--config" in self.extra_args:
+            raise ValueError(
+                "SGLang takes one --config, and an API key is handed to it in one; name the settings of your file one by one"
+            )
 
     @property
     def url(self) -> str:

@@ -58,8 +58,8 @@ def test_the_trainer_starts_once_all_servers_answer(tmp_path):
 # what job.sh does when it is sourced is for a job; its functions are taken alone
 WAIT = f"""
 eval "$(sed -n '/^wait_for()/,/^}}/p' {SLURM}/job.sh)"
-trap 'echo signal' USR1
-(sleep 1; exit EXIT_CODE) &
+trap 'echo signal; touch HANDLED' USR1
+(while [[ ! -e HANDLED ]]; do sleep 0.1; done; exit EXIT_CODE) &
 pid=$!
 (sleep 0.3; kill -USR1 $$) &
 exit_code=0
@@ -71,5 +71,6 @@ echo $exit_code
 @pytest.mark.parametrize("exit_code", [0, 3, 138])
 def test_a_signal_does_not_end_the_wait_and_no_exit_code_is_waited_for_again(tmp_path, exit_code):
     """138 is what srun returns when its tasks end by USR1, and what bash returns when it is interrupted by it."""
-    result = run_bash(tmp_path, WAIT.replace("EXIT_CODE", str(exit_code)))
+    script = WAIT.replace("EXIT_CODE", str(exit_code)).replace("HANDLED", str(tmp_path / "handled"))
+    result = run_bash(tmp_path, script)
     assert result.stdout == f"signal\n{exit_code}\n"
