@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -16,15 +16,14 @@ from megatron_gkd.cli.outcome import REFUSED
 from megatron_gkd.config import ConfigError, GkdConfig, load_config
 from megatron_gkd.config.resume import check_resume
 from megatron_gkd.models.patterns import check_patterns
+from megatron_gkd.observability import Status, StatusFile
 from megatron_gkd.observability.run_lock import FolderInUseError, RunLock
 from megatron_gkd.platform.environment import Environment, Place
-
-if TYPE_CHECKING:
-    from megatron_gkd.observability.status import Status, StatusFile
 
 log = logging.getLogger(__name__)
 
 RANK_0_FIRST_S = 0.5
+"""How long another rank that fails waits whether rank 0 says the same."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +114,7 @@ def _has_key(section: Any, name: str) -> bool:
 
 
 def _dry_run(config: GkdConfig) -> int:
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     environment = Environment.of(config.runtime.env_vars, Place(config.train.output_dir, f"rank_{rank}"))
     environment.apply()  # without the folders that its variables name: nothing is written
     from megatron_gkd.observability.log import configure_logging
@@ -142,14 +141,13 @@ def _dry_run(config: GkdConfig) -> int:
 
 
 def _train(config: GkdConfig) -> int:
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     lock = RunLock(config.train.output_dir)  # held until this process ends
-    try:
-        if rank == 0:
-            lock.acquire()
-    except FolderInUseError as error:
-        return _refuse(str(error), None)  # status.json is the other run's
     if rank == 0:
+        try:
+            lock.acquire()
+        except FolderInUseError as error:
+            return _refuse(str(error), None)  # status.json is the other run's
         _note_start(config)
     place = Place(config.train.output_dir, f"rank_{rank}")
     environment = Environment.of(config.runtime.env_vars, place)
@@ -219,7 +217,7 @@ def _refuse(message: str, config: GkdConfig | None) -> int:
 
 def _note_start(config: GkdConfig) -> None:
     """From here on ``status.json`` is about this start."""
-    file = _status_file(config)
+    file = StatusFile(config.train.output_dir)
     before = _read_status(file)
     file.write("running", before.iteration if before else 0, "starting")
 
@@ -235,7 +233,7 @@ def _note_end(config: GkdConfig, state: Literal["refused", "failed"], iteration:
         reason = f"{_place()}: {reason}"
         if not RunLock(config.train.output_dir).is_of_this_launch():
             return True
-    file = _status_file(config)
+    file = StatusFile(config.train.output_dir)
     status = _read_status(file)
     if status is not None and status.state != "running":
         return False
@@ -243,13 +241,7 @@ def _note_end(config: GkdConfig, state: Literal["refused", "failed"], iteration:
     return True
 
 
-def _status_file(config: GkdConfig) -> "StatusFile":
-    from megatron_gkd.observability.status import StatusFile
-
-    return StatusFile(config.train.output_dir)
-
-
-def _read_status(file: "StatusFile") -> "Status | None":
+def _read_status(file: StatusFile) -> Status | None:
     try:
         return file.read()
     except ValueError as error:

@@ -10,7 +10,7 @@ import socket
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 log = logging.getLogger(__name__)
 
@@ -47,34 +47,33 @@ class RunLock:
         self._file = self.path.open("a+", encoding="utf-8")
         deadline, has_warned = time.monotonic() + lease_s, False
         while not self._is_taken():
-            host, owner = self._read_owner()
-            if host == socket.gethostname() or time.monotonic() >= deadline:
+            owner = self._read_owner()
+            if owner.get("host") == socket.gethostname() or time.monotonic() >= deadline:
                 self._file.close()
                 raise FolderInUseError(
-                    f"train.output_dir={str(self.path.parent)!r} is in use by {owner}; wait until that run has ended (stop it "
+                    f"train.output_dir={str(self.path.parent)!r} is in use by {_named(owner)}; wait until that run has ended (stop it "
                     f"with: touch {self.path.parent}/stop), or name another folder"
                 )
             if not has_warned:
-                log.warning("%s is held by %s; waiting up to %.0f s for it to end", self.path, owner, lease_s)
+                log.warning(
+                    "%s is held by %s; waiting up to %.0f s for it to end", self.path, _named(owner), lease_s
+                )
                 has_warned = True
             time.sleep(POLL_S)
         os.register_at_fork(after_in_child=self._file.close)
         self._file.truncate(0)
-        owner = {
+        own = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "launch": _launch(),
         }
-        self._file.write(json.dumps(owner))
+        self._file.write(json.dumps(own))
         self._file.flush()
 
     def is_of_this_launch(self) -> bool:
         """Whether a process that torchrun started together with this one was the last to hold the lock."""
-        try:
-            return json.loads(self.path.read_text(encoding="utf-8"))["launch"] == _launch()
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        return self._read_owner().get("launch") == _launch()
 
     def _is_taken(self) -> bool:
         """Whether this process has the lock now, or nobody can have it."""
@@ -87,13 +86,20 @@ class RunLock:
             log.warning("%s cannot be locked (%s): do not start a second run there", self.path, error)
         return True
 
-    def _read_owner(self) -> tuple[str, str]:
-        """Machine of the run that holds the lock, and a phrase for it."""
+    def _read_owner(self) -> dict[str, Any]:
+        """What the last process that took the lock wrote; empty where none has, or one is about to."""
         try:
             owner = json.loads(self.path.read_text(encoding="utf-8"))
-            return owner["host"], f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
-        except (ValueError, KeyError, TypeError):
-            return "", "a run that starts at this moment"
+        except (OSError, ValueError):
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+
+def _named(owner: dict[str, Any]) -> str:
+    """A phrase for the process that holds the lock."""
+    if not owner.keys() >= {"host", "pid", "started"}:
+        return "a run that starts at this moment"
+    return f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
 
 
 def _launch() -> list[str]:

@@ -1,5 +1,6 @@
 """One run at a time in a folder: the lock, whose it is, and when it is waited for."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -17,26 +18,44 @@ from megatron_gkd.observability import run_lock
 from megatron_gkd.observability.run_lock import FolderInUseError, RunLock
 
 ROOT = Path(__file__).parents[3]
-HOLD = (
-    "import sys, pathlib; from megatron_gkd.observability.run_lock import RunLock; lock = RunLock(pathlib.Path(sys.argv[1])); \
-lock.acquire(); print('held', flush=True); sys.stdin.read()"
-)
+HOLD = """
+import os, pathlib, sys, time
+from megatron_gkd.observability.run_lock import RunLock
+
+lock = RunLock(pathlib.Path(sys.argv[1]))
+lock.acquire()
+if "fork" in sys.argv and os.fork() == 0:
+    time.sleep(60)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def holding(folder, *words):
+    """A process that holds the lock of the folder, with a forked child for the word ``fork``; a group of its own."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder, *words],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
 def other_run(tmp_path):
     """A process that holds the lock of ``tmp_path / 'run'``."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path / "run"],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+    with holding(tmp_path / "run") as process:
         yield process
-        process.kill()
 
 
 def test_a_second_run_on_this_machine_is_refused_at_once_and_told_whose_the_folder_is(tmp_path, other_run):
@@ -76,25 +95,10 @@ def test_a_run_that_has_not_said_who_it_is_is_waited_for(tmp_path, other_run):
 
 
 def test_a_forked_process_does_not_keep_the_folder(tmp_path):
-    code = HOLD.replace("print(", "os.fork() or time.sleep(60); print(").replace(
-        "import sys,", "import os, time, sys,"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / "run"],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+    with holding(tmp_path / "run", "fork") as process:
         process.kill()
         process.wait()
-        try:
-            acquire_within(RunLock(tmp_path / "run"), 10)  # the forked process may not have run yet
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
+        acquire_within(RunLock(tmp_path / "run"), 10)  # the forked process may not have run yet
 
 
 def acquire_within(lock, timeout_s):
