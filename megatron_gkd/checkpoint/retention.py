@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from megatron_gkd.checkpoint.integrity import MANIFEST, CheckpointError, read_manifest
+from megatron_gkd.config.resume import finished_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -15,11 +16,6 @@ UNFINISHED = ".tmp"
 """Ending of a folder that is being written or removed; it is never chosen."""
 SUPERSEDED = "superseded"
 """Folder beside the checkpoints for those that a run did not continue; nothing reads it."""
-
-
-def finished_checkpoints(folder: Path) -> list[Path]:
-    """Folders ``iter_<n>``, the oldest first; what is in them is not looked at, what has another name is not ours."""
-    return sorted(p for p in folder.glob("iter_*") if p.name.removeprefix("iter_").isdecimal())
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -34,7 +34,6 @@ from megatron_gkd.checkpoint.results_queue import keep_results_through_signals
 from megatron_gkd.checkpoint.retention import (
     UNFINISHED,
     find_best,
-    finished_checkpoints,
     link_best,
     remove_superseded,
     set_aside_after,
@@ -42,7 +41,7 @@ from megatron_gkd.checkpoint.retention import (
 from megatron_gkd.checkpoint.side_files import copy_side_files, replace_tokenizer
 from megatron_gkd.checkpoint.space import require_space
 from megatron_gkd.checkpoint.weights import HF_FILES, LORA, WEIGHTS, fill_model
-from megatron_gkd.config.resume import STATE_FILE
+from megatron_gkd.config.resume import STATE_FILE, finished_checkpoints
 from megatron_gkd.models.chunks import LocalModel
 from megatron_gkd.models.lora import attached_spec
 from megatron_gkd.optim.state import load_optimizer_state, sharded_optimizer_state
@@ -210,12 +209,13 @@ class CheckpointStore:
         """
         manifest = read_manifest(folder)
         _check_same_adapters(folder, manifest, model)
-        same_layout = all(manifest.get(key) == self._facts(0)[key] for key in ("layout", "device"))
-        wanted = self._sharded(model, optimizer, with_rng=same_layout, is_loading=True)
+        facts = self._facts(0)
+        same_place = all(manifest.get(key) == facts[key] for key in ("layout", "device"))
+        wanted = self._sharded(model, optimizer, with_rng=same_place, is_loading=True)
         loaded: Any = dist_checkpointing.load(wanted, str(folder / WEIGHTS))
         fill_model(model, loaded["model"], folder)
         load_optimizer_state(optimizer, loaded["optimizer"])
-        if same_layout:
+        if same_place:
             _set_rng_state(loaded[_RNG], self._device)
         return json.loads((folder / STATE_FILE).read_text())
 

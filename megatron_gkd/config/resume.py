@@ -85,6 +85,11 @@ def is_named(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """Folders ``iter_<n>``, the oldest first; what is in them is not looked at, what has another name is not ours."""
+    return sorted(p for p in folder.glob("iter_*") if p.name.removeprefix("iter_").isdecimal())
+
+
 def check_resume(config: "GkdConfig") -> None:
     """Refuse a run that would continue the newest checkpoint of its folder with changes that are not allowed.
 
@@ -93,8 +98,8 @@ def check_resume(config: "GkdConfig") -> None:
     """
     if not config.checkpoint.resume:
         return
-    for folder in sorted(config.checkpoint_dir.glob("iter_*"), reverse=True):
-        if folder.name.removeprefix("iter_").isdecimal() and (folder / STATE_FILE).is_file():
+    for folder in reversed(finished_checkpoints(config.checkpoint_dir)):
+        if (folder / STATE_FILE).is_file():
             permitted_changes(folder, config)
             return
 

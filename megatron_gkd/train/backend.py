@@ -1,11 +1,14 @@
 """Which back end computes the loss of a run, where the configuration leaves it open."""
 
 import logging
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from megatron_gkd.config import GkdConfig
+
+if TYPE_CHECKING:
+    from megatron_gkd.train.build import Student
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,18 @@ def with_backend(
     log.info("Loss back end: %s, because %s", choice.backend, choice.reason)
     loss = config.loss.model_copy(update={"backend": choice.backend})
     return config.model_copy(update={"loss": loss})
+
+
+def with_backend_of(config: GkdConfig, student: "Student", device: torch.device) -> GkdConfig:
+    """``with_backend`` for the layout and the vocabulary of a student that was built."""
+    layout = student.groups.layout
+    return with_backend(
+        config,
+        tp_size=layout.tp_size,
+        dp_size=layout.dp_size,
+        vocab_size=student.shapes.vocab_size,
+        device=device,
+    )
 
 
 def _choose_on_cpu(config: GkdConfig, tp_size: int, dp_size: int, vocab_size: int) -> Choice:

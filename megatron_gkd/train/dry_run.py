@@ -13,7 +13,7 @@ from megatron_gkd.parallel.collectives import reduce_values
 from megatron_gkd.parallel.groups import join_job
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import detect_kernels
-from megatron_gkd.train.backend import with_backend
+from megatron_gkd.train.backend import with_backend_of
 from megatron_gkd.train.build import (
     build_student,
     build_teacher,
@@ -58,13 +58,7 @@ def dry_run(config: GkdConfig, platform: Platform) -> str:
     try:
         world = start_world(platform, detect_kernels(on_cpu=platform.is_cpu))
         student = build_student(config, world)
-        config = with_backend(
-            config,
-            tp_size=student.groups.layout.tp_size,
-            dp_size=student.groups.layout.dp_size,
-            vocab_size=student.shapes.vocab_size,
-            device=world.device,
-        )
+        config = with_backend_of(config, student, world.device)
         teacher, teacher_head_VH = build_teacher(config, world, student, tokenizer.pad_id)
         seconds = []
         for iteration in range(NUM_ITERATIONS):

@@ -19,7 +19,7 @@ from megatron_gkd.data.tokenizer import DataError, Tokenizer
 from megatron_gkd.observability.status import State
 from megatron_gkd.rollout.engine import EngineError, RolloutEngine
 from megatron_gkd.teacher.engine import TeacherEngine
-from megatron_gkd.train.backend import with_backend
+from megatron_gkd.train.backend import with_backend_of
 from megatron_gkd.train.build import Student, World, build_student, build_teacher, make_micro_batches
 from megatron_gkd.train.collect import collect_batch
 from megatron_gkd.train.engines import EngineHost
@@ -256,14 +256,7 @@ def build_trainer(
     on_host(host)
     host.launch()
     student = build_student(config, world)
-    layout = student.groups.layout
-    config = with_backend(
-        config,
-        tp_size=layout.tp_size,
-        dp_size=layout.dp_size,
-        vocab_size=student.shapes.vocab_size,
-        device=world.device,
-    )
+    config = with_backend_of(config, student, world.device)
     if config.loss.certify:
         certify_run(config, student.groups, world.device)
     teacher, teacher_head_VH = build_teacher(config, world, student, tokenizer.pad_id)

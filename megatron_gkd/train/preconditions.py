@@ -16,6 +16,7 @@ from megatron_gkd.config.hf_shapes import load_hf_shapes, load_served_model
 from megatron_gkd.config.rollout import SglangRolloutConfig
 from megatron_gkd.config.teacher import ServerTeacherConfig
 from megatron_gkd.data.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
+from megatron_gkd.parallel.groups import Layout
 from megatron_gkd.serving.client import SglangClient
 from megatron_gkd.serving.command import check_cpu_plugin
 from megatron_gkd.serving.errors import EngineError
@@ -127,12 +128,12 @@ def _push_problems(config: GkdConfig, rollout: SglangRolloutConfig) -> Iterator[
 
 def _is_on_one_machine(config: GkdConfig) -> bool:
     """Whether the ranks of the first copy of the student, the one that is pushed, run where rank 0 does."""
-    parallel, environment = config.student.parallel, os.environ
-    tp_size, pp_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    world_size = int(environment.get("WORLD_SIZE", "1"))
-    dp_size = world_size // (tp_size * pp_size)
-    last_rank = tp_size * (dp_size * (pp_size - 1) + 1) - 1
-    return last_rank < int(environment.get("LOCAL_WORLD_SIZE", world_size))
+    parallel, world_size = config.student.parallel, int(os.environ.get("WORLD_SIZE", "1"))
+    layout = Layout(
+        parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, num_ranks=world_size
+    )
+    last_rank = max(layout.last_stage_ranks(dp_rank=0))
+    return last_rank < int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def _push_space_problems(config: GkdConfig, folder: Path, name: str) -> Iterator[str]:

@@ -58,8 +58,7 @@ class Validation:
 @contextmanager
 def own_draws(device: torch.device) -> Iterator[None]:
     """Draws of a sampled support are the same at every measurement, and leave those of training as they are."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(_SEED)
         yield
 
