@@ -157,10 +157,8 @@ def rows_of_rank(head_VH: Tensor, rank: int, tp_size: int, fill: float) -> Tenso
 
 def teacher_logits(problem: Problem, case: Case) -> Tensor:
     """[T, vocabulary] in float64, with the scale and the cap of the case."""
-    logits_TV, cap = (
-        case.teacher_scale * (problem.teacher_TH @ problem.teacher_head_VH.T),
-        case.teacher_soft_cap,
-    )
+    logits_TV = case.teacher_scale * (problem.teacher_TH @ problem.teacher_head_VH.T)
+    cap = case.teacher_soft_cap
     return logits_TV if cap is None else cap * (logits_TV / cap).tanh()
 
 

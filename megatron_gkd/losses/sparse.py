@@ -200,9 +200,8 @@ class PartialSum(Comparison):
 
     def details(self, stats_TK: Tensor, target: Joined) -> Tensor:
         """See ``detail_names``."""
-        if self.is_estimator:
-            return stats_TK[:, :0]
-        return stats_TK[:, -2:-1] if self.num_exact is None else stats_TK[:, -1:]
+        columns = {"retained_mass": -2, "variance": -1}
+        return stats_TK[:, [columns[name] for name in self.detail_names]]
 
     def _terms(self, log_p_TK: Tensor, log_q_TK: Tensor, target: Joined) -> tuple[Tensor, Tensor]:
         value_TK, r_TK = self.divergence(log_p_TK, log_q_TK)

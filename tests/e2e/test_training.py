@@ -114,7 +114,10 @@ def stop_a_run(config: Path, run: Path, ask: Callable[[subprocess.Popen], object
     """Start the run, ask it to stop after a new iteration and a first checkpoint; its status after the end."""
     log_file, num_before = run.with_suffix(".log"), len(read_metrics(run))
     process = launch(config, f"train.output_dir={run}", *IN_BACKGROUND, log_file=log_file)
-    is_due = lambda: len(read_metrics(run)) > num_before and any(run.glob("checkpoints/iter_???????"))  # noqa: E731
+
+    def is_due() -> bool:
+        return len(read_metrics(run)) > num_before and any(run.glob("checkpoints/iter_???????"))
+
     wait_until(is_due, process, log_file, 200)
     ask(process)
     process.wait(60)  # torchrun itself fails when it was signalled

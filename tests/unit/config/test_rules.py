@@ -125,7 +125,9 @@ def test_an_estimate_whose_gradient_has_the_mean_0_is_refused(config_file):
 
 @pytest.mark.parametrize("kind", ["sglang", "megatron"])
 def test_an_estimate_at_another_temperature_takes_tokens_drawn_at_it(config_file, kind):
-    load_config(config_file, [*ESTIMATOR, "loss.temperature=2", f"rollout={{kind: {kind}, temperature: 2}}"])
+    overrides = [*ESTIMATOR, "loss.temperature=2", f"rollout={{kind: {kind}, temperature: 2}}"]
+    config = load_config(config_file, overrides)
+    assert (config.rollout.kind, config.rollout.temperature, config.loss.temperature) == (kind, 2, 2)
 
 
 def test_without_a_teacher_no_key_of_one_is_needed_or_known(config_file):
