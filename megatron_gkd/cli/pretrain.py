@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from megatron_gkd.cli.outcome import REFUSED
-from megatron_gkd.config import ConfigError, GkdConfig, load_config
+from megatron_gkd.config import ConfigError, GkdConfig, check_world, load_config
 from megatron_gkd.config.resume import check_resume
 from megatron_gkd.models.patterns import check_patterns
 from megatron_gkd.observability import Status, StatusFile
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(_value_text(config, options.show))
             return 0
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        config.check_world(options.world_size or world_size)
+        check_world(config, options.world_size or world_size)
         check_patterns(config)
         check_resume(config)
     except ConfigError as error:

@@ -1,12 +1,23 @@
-"""What all sections of the configuration have in common."""
+"""Base class and helpers of all sections, and the error that a wrong configuration raises."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names every wrong key, its value and what to change."""
+
+    @classmethod
+    def listing(cls, source: str, problems: Iterable[str]) -> Self:
+        """One error for all ``problems`` found in ``source``, one per line."""
+        lines = [f"  {problem}" for problem in problems]
+        return cls(f"{len(lines)} problem{'s' if len(lines) > 1 else ''} in {source}:\n" + "\n".join(lines))
 
 
 class Config(BaseModel):
@@ -44,6 +55,33 @@ def kind_discriminator(default: str) -> Discriminator:
         return kind if isinstance(kind, str) else None
 
     return Discriminator(kind_of)
+
+
+def all_keys(schema: type[Config], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all sections and keys."""
+    seen: set[str] = set()
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        for section in sections_of(field).values():
+            inner = [key for key in all_keys(section, f"{prefix}{name}.") if key not in seen]
+            seen.update(inner)
+            yield from inner
+
+
+def did_you_mean(given: Any, known: list[str]) -> str:
+    """The nearest of the known names as the end of a sentence; empty if none is near."""
+    near = difflib.get_close_matches(str(given), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _require_text(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    if any(not pattern.strip() for pattern in patterns):
+        raise ValueError("an empty pattern matches nothing; remove it")
+    return patterns
+
+
+Patterns = Annotated[tuple[str, ...], AfterValidator(_require_text)]
+"""Glob patterns of weight names."""
 
 
 def _types_of(annotation: Any) -> Iterator[type]:

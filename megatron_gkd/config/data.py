@@ -1,4 +1,4 @@
-"""The data and evaluation sections: which files, how their rows are read, and what is done about odd ones."""
+"""The data section: which files, how their rows are read, and what is done about odd ones."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -106,25 +106,5 @@ class DataConfig(Config):
             raise ValueError(
                 f"prompt_key, completion_key, messages_key and teacher_prompt_key are {', '.join(keys)}; they must be "
                 "four different columns"
-            )
-        return self
-
-
-class EvaluationConfig(Config):
-    """The loss on held-out completions, without an update."""
-
-    files: Files = ()
-    """A file or a list of files in the form of data.prompts; rows need a completion. Empty: no evaluation."""
-    interval: int = Field(default=0, ge=0)
-    """Iterations between evaluations; 0: only after the last."""
-    num_rows: int | None = Field(default=None, ge=1)
-    """Rows used, from the start of the files; null: all."""
-
-    @model_validator(mode="after")
-    def _interval_needs_files(self) -> Self:
-        if not self.files and (self.interval or self.num_rows):
-            raise ValueError(
-                f"interval={self.interval} and num_rows={self.num_rows} say how to use evaluation.files, which is empty; give "
-                "a file or remove them"
             )
         return self

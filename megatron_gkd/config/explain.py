@@ -1,10 +1,10 @@
 """What pydantic found wrong, in the words of the configuration: dotted key, problem, value, hint."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from megatron_gkd.config.base import Config, sections_of
+from megatron_gkd.config.base import Config, all_keys, did_you_mean, sections_of
 
 
 def explain(problem: Mapping[str, Any], schema: type[Config]) -> str:
@@ -64,23 +64,6 @@ def _explain_unknown_key(key: str, section: type[Config] | None, schema: type[Co
     if elsewhere:
         return f"unknown key; did you mean {' or '.join(map(repr, elsewhere))}?"
     return f"unknown key; known here: {', '.join(known)}"
-
-
-def all_keys(schema: type[Config], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all sections and keys."""
-    seen: set[str] = set()
-    for name, field in schema.model_fields.items():
-        yield prefix + name
-        for section in sections_of(field).values():
-            inner = [key for key in all_keys(section, f"{prefix}{name}.") if key not in seen]
-            seen.update(inner)
-            yield from inner
-
-
-def did_you_mean(given: Any, known: list[str]) -> str:
-    """The nearest of the known names as the end of a sentence; empty if none is near."""
-    near = difflib.get_close_matches(str(given), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _is_required(section: type[Config] | None, name: str) -> bool:

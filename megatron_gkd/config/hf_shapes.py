@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_gkd.config.errors import ConfigError
+from megatron_gkd.config.base import ConfigError
 from megatron_gkd.families import Family, family_of
 
 
@@ -57,7 +57,7 @@ class HfShapes:
     """``None``: plain rotary embeddings."""
     sliding_window: int | None = None
     """Positions that attention reaches back over, its own included. The model is built with full attention, which is the
-    same up to this length; ``config.rules`` refuses longer sequences. ``None``: no limit."""
+    same up to this length; ``config.check`` refuses longer sequences. ``None``: no limit."""
 
     @property
     def num_parameters(self) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_gkd.config.base import Config, sections_of
-from megatron_gkd.config.errors import ConfigError
+from megatron_gkd.config.base import Config, ConfigError, sections_of
+from megatron_gkd.config.check import check_config
 from megatron_gkd.config.explain import explain
 from megatron_gkd.config.schema import GkdConfig
 from megatron_gkd.config.yaml_text import load_yaml_file, parse_yaml
@@ -40,7 +40,7 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
     for override in overrides:
         _merge_layer(tree, _parse_override(override), f"override {override!r}")
     config = _validate(tree, ", ".join([*map(str, files), *(["overrides"] if overrides else [])]))
-    config.check_files()
+    check_config(config)
     return config
 
 

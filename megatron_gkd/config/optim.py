@@ -1,10 +1,11 @@
 """The optim section: optimizer, weight decay and learning-rate schedule."""
 
+from collections.abc import Iterator
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from megatron_gkd.config.base import Config
+from megatron_gkd.config.base import Config, Patterns
 
 
 class OptimConfig(Config):
@@ -32,7 +33,7 @@ class OptimConfig(Config):
     """Shape of that fall over its progress x from 0 to 1: 1 - x, half a cosine, 2 * 0.5^x - 1, or 1 - sqrt(x)."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Weight decay of all weights but those of no_weight_decay."""
-    no_weight_decay: tuple[str, ...] = ("*.bias", "*norm.weight")
+    no_weight_decay: Patterns = ("*.bias", "*norm.weight")
     """Glob patterns of weights without decay, on Hugging Face or Megatron names as in student.freeze; by default
     biases and norms."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -59,10 +60,19 @@ class OptimConfig(Config):
         """Iterations of the last phase of wsd in a run of ``train_iters``."""
         return max(1, round(self.wsd_decay_fraction * train_iters))
 
-    @field_validator("no_weight_decay")
-    @classmethod
-    def _patterns_are_not_empty(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        return require_patterns(patterns)
+    def schedule_problems(self, train_iters: int) -> Iterator[str]:
+        """Phases of the schedule that do not fit into a run of ``train_iters``."""
+        warmup, decay = self.num_warmup_iters(train_iters), self.num_wsd_decay_iters(train_iters)
+        if warmup > train_iters:
+            yield (
+                f"optim.warmup_iters={self.warmup_iters} is above train.train_iters={train_iters}; "
+                "the run would end before the warm-up"
+            )
+        elif self.decay_style == "wsd" and warmup + decay > train_iters:
+            yield (
+                f"optim.decay_style=wsd: {warmup} iterations of warm-up and {decay} of decay (optim.wsd_decay_fraction="
+                f"{self.wsd_decay_fraction}) are more than the run's {train_iters}; shorten one of them"
+            )
 
     @model_validator(mode="after")
     def _min_lr_is_not_above_lr(self) -> Self:
@@ -87,14 +97,3 @@ class OptimConfig(Config):
                 "set one of them to 0"
             )
         return self
-
-
-def require_patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """``patterns``, if each of them can match a name.
-
-    Raises:
-        ValueError: One is empty.
-    """
-    if any(not pattern.strip() for pattern in patterns):
-        raise ValueError("an empty pattern matches nothing; remove it")
-    return patterns

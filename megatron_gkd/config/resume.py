@@ -8,12 +8,10 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from megatron_gkd.config.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megatron_gkd.config.schema import GkdConfig
+from megatron_gkd.config.base import ConfigError
+from megatron_gkd.config.schema import GkdConfig
 
 STATE_FILE = "state.json"
 """File of a checkpoint that holds the configuration, under the key ``config``."""
@@ -90,7 +88,7 @@ def finished_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("iter_*") if p.name.removeprefix("iter_").isdecimal())
 
 
-def check_resume(config: "GkdConfig") -> None:
+def check_resume(config: GkdConfig) -> None:
     """Refuse a run that would continue the newest checkpoint of its folder with changes that are not allowed.
 
     Raises:
@@ -104,7 +102,7 @@ def check_resume(config: "GkdConfig") -> None:
             return
 
 
-def permitted_changes(folder: Path, config: "GkdConfig") -> list[Change]:
+def permitted_changes(folder: Path, config: GkdConfig) -> list[Change]:
     """What differs from the configuration that the checkpoint in ``folder`` was written with, all of it allowed.
 
     Raises:

@@ -1,8 +1,8 @@
-"""The runtime section: environment of the run's processes, and their logs."""
+"""The logging and runtime sections: what is recorded, and the environment of the processes."""
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -21,6 +21,17 @@ PLACEHOLDERS = ("output_dir", "host", "process")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _READ_AT_PROCESS_START = ("LD_", "PYTHON", "MALLOC_")
+
+
+class LoggingConfig(Config):
+    """What the run tells."""
+
+    level: Literal["debug", "info", "warning"] = "info"
+    """Least important messages that are shown."""
+    tensorboard: bool = True
+    """Write the metrics to TensorBoard as well as to metrics.jsonl."""
+    num_samples: int = Field(default=2, ge=0)
+    """Samples written to samples.jsonl in every iteration."""
 
 
 class RuntimeConfig(Config):

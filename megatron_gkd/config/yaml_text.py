@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from megatron_gkd.config.errors import ConfigError
+from megatron_gkd.config.base import ConfigError
 
 
 def load_yaml_file(file: Path) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
+from megatron_gkd.config import RecomputeConfig
 from megatron_gkd.config.hf_shapes import HfShapes
-from megatron_gkd.config.schema import RecomputeConfig
 from megatron_gkd.models.chunks import LocalModel, ModelChunks, chunks_of
 from megatron_gkd.models.rotary import rotary_frequencies
 from megatron_gkd.models.transformer import transformer_config

@@ -11,10 +11,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from megatron_gkd.config.errors import ConfigError
+from megatron_gkd.config import ConfigError
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.optim import OptimConfig
-from megatron_gkd.config.schema import GkdConfig, StudentConfig
+from megatron_gkd.config.schema import GkdConfig
+from megatron_gkd.config.student import StudentConfig
 from megatron_gkd.families import family_of
 
 

@@ -6,8 +6,8 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
+from megatron_gkd.config import RecomputeConfig
 from megatron_gkd.config.hf_shapes import HfShapes
-from megatron_gkd.config.schema import RecomputeConfig
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.platform.kernels import Kernels
 

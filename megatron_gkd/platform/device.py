@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_gkd.config.errors import ConfigError
+from megatron_gkd.config import ConfigError
 
 KIB = 1024
 

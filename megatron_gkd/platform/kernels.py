@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_gkd.config.errors import ConfigError
+from megatron_gkd.config import ConfigError
 
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 _ATTENTION = {"111": "auto", "100": "flash", "010": "fused", "001": "unfused", "000": "local"}

@@ -17,7 +17,7 @@ from megatron_gkd.checkpoint.weights import WeightSource, load_head, load_weight
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.config.model import ModelConfig
-from megatron_gkd.config.schema import StudentConfig
+from megatron_gkd.config.student import StudentConfig
 from megatron_gkd.config.teacher import MegatronTeacherConfig, NoTeacherConfig, ServerTeacherConfig
 from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.models.chunks import LocalModel, chunks_of

@@ -1,6 +1,6 @@
 """What this machine must offer before a run starts; found here, where no process waits for another yet.
 
-What can be told from the configuration and the files alone is in ``config.rules``, so that ``--check`` tells it too.
+What can be told from the configuration and the files alone is in ``config.check``, so that ``--check`` tells it too.
 """
 
 import os

@@ -216,11 +216,11 @@ def _read(job: Path) -> Outcome:
 
 
 def _train(rank: int, world_size: int, jobs: list[tuple[Path, int]], case: Case) -> None:
-    from megatron_gkd.config import load_config
+    from megatron_gkd.config import check_world, load_config
 
     for job, num_steps in jobs:
         config = load_config(job)
-        config.check_world(world_size)
+        check_world(config, world_size)
         parts = build_parts(config, make_world(rank, world_size))
         losses, norms = [], []
         for iteration in range(num_steps):

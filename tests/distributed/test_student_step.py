@@ -198,11 +198,11 @@ def _batches():
 
 def _train(rank: int, world_size: int, config_files: list[Path]) -> None:
     from megatron_gkd.checkpoint.hf import export_weights
-    from megatron_gkd.config import load_config
+    from megatron_gkd.config import check_world, load_config
 
     for file in config_files:
         config = load_config(file)
-        config.check_world(world_size)
+        check_world(config, world_size)
         student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
         losses, norms = [], []
         for iteration, batch in enumerate(_batches()):

@@ -1,6 +1,6 @@
 """Files and overrides become one frozen tree, or one error that lists every problem.
 
-Rules that look into the model folders or need the number of ranks: test_rules.py.
+Rules that look into the model folders or need the number of ranks: test_check.py.
 """
 
 import logging

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_gkd.config import ConfigError, GkdConfig, load_config
-from megatron_gkd.config.explain import all_keys
+from megatron_gkd.config.base import all_keys
 from megatron_gkd.config.resume import FIXED, FREE, check_resume, permitted_changes
 
 

@@ -4,7 +4,13 @@ import json
 
 import pytest
 
-from megatron_gkd.config import ConfigError, MegatronTeacherConfig, ServerTeacherConfig, load_config
+from megatron_gkd.config import (
+    ConfigError,
+    MegatronTeacherConfig,
+    ServerTeacherConfig,
+    check_world,
+    load_config,
+)
 
 
 @pytest.fixture
@@ -26,7 +32,7 @@ def test_a_served_teacher_may_be_of_any_architecture_and_takes_no_ranks(config_f
     assert isinstance(config.teacher, ServerTeacherConfig)
     assert config.teacher.url == "http://10.0.0.5:30000"
     assert list(config.models) == ["student"]
-    config.check_world(8)
+    check_world(config, 8)
 
 
 def test_the_address_may_be_of_the_sixth_version(config_file, served):

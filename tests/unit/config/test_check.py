@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd.config import ConfigError, load_config
+from megatron_gkd.config import ConfigError, check_world, load_config
 from tests.unit.config.conftest import write_hf_config
 
 
@@ -133,7 +133,7 @@ def test_an_estimate_at_another_temperature_takes_tokens_drawn_at_it(config_file
 def test_without_a_teacher_no_key_of_one_is_needed_or_known(config_file):
     config = load_config(config_file, ["teacher={kind: none}", "loss.sft_weight=1"])
     assert list(config.models) == ["student"]
-    config.check_world(4)
+    check_world(config, 4)
     with pytest.raises(ConfigError, match=r"teacher\.hf: unknown key for kind none"):
         load_config(config_file, ["teacher={kind: none, hf: x}", "loss.sft_weight=1"])
 
@@ -226,7 +226,7 @@ PARALLEL = [
 
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_fitting_numbers_of_ranks_are_accepted(config_file, world_size):
-    load_config(config_file, PARALLEL).check_world(world_size)
+    check_world(load_config(config_file, PARALLEL), world_size)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_fitting_numbers_of_ranks_are_accepted(config_file, world_size):
 def test_all_problems_with_the_number_of_ranks_are_named(config_file, overrides, world_size, messages):
     config = load_config(config_file, overrides)
     with pytest.raises(ConfigError) as caught:
-        config.check_world(world_size)
+        check_world(config, world_size)
     for message in messages:
         assert message in str(caught.value)
 

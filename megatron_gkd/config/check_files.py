@@ -1,0 +1,189 @@
+"""Checks of the configuration against the files it names: models, prompts, templates, the output folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_gkd.config.base import ConfigError
+from megatron_gkd.config.data import DataConfig
+from megatron_gkd.config.evaluation import EvaluationConfig
+from megatron_gkd.config.hf_shapes import HfShapes, count_token_ids, load_hf_shapes, load_served_model
+from megatron_gkd.config.model import ModelConfig
+from megatron_gkd.config.schema import GkdConfig
+from megatron_gkd.config.weight_files import find_checkpoint_problems, find_hf_problems, find_output_problems
+
+# weights, the fp32 copy that bf16 training keeps, and Adam's two moments
+CHECKPOINT_BYTES_PER_PARAMETER = {"fp32": 4 + 4 + 4, "bf16": 2 + 4 + 4 + 4}
+
+
+def find_file_problems(config: GkdConfig) -> list[str]:
+    """Sentences on missing, damaged or unsuitable files; needs no world size."""
+    problems = list(_data_problems(config.data, config.evaluation))
+    shapes: dict[str, HfShapes] = {}
+    for name, model in config.models.items():
+        problems += _own_checkpoint_problems(config, name, model)
+        try:
+            shapes[name] = _load_shapes(name, model)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        problems += _weight_problems(name, model)
+        problems += _layout_problems(name, model, shapes[name])
+        if name == "student":
+            problems += _chunk_problems(config, shapes[name])
+        problems += _length_problems(config, name, shapes[name])
+    if len(shapes) == 2:
+        problems += _vocabulary_problems(
+            config, shapes["student"], config.models["teacher"].hf_folder, shapes["teacher"].vocab_size
+        )
+    if "student" in shapes:
+        problems += _served_teacher_problems(config, shapes["student"])
+        problems += _server_problems(config, shapes["student"])
+        problems += _output_problems(config, shapes["student"])
+    return problems
+
+
+def _data_problems(data: DataConfig, evaluation: EvaluationConfig) -> Iterator[str]:
+    for key, files in (("data.prompts", data.prompts), ("evaluation.files", evaluation.files)):
+        for file in files:
+            # an own class may read a folder
+            if not (file.exists() if data.dataset_class else file.is_file()):
+                yield f"{key}={str(file)!r}: no such file; give a file of prompts"
+    template = data.chat_template
+    if template is not None and ":" not in template and not Path(template).is_file():
+        yield f"data.chat_template={template!r}: no such file; give a Jinja template"
+    if data.tokenizer is not None and not data.tokenizer.exists():
+        yield (
+            f"data.tokenizer={str(data.tokenizer)!r}: no such file or folder; give a tokenizer's folder or a "
+            "SentencePiece model file"
+        )
+
+
+def _own_checkpoint_problems(config: GkdConfig, name: str, model: ModelConfig) -> Iterator[str]:
+    if model.checkpoint is not None and model.checkpoint.resolve().is_relative_to(
+        config.checkpoint_dir.resolve()
+    ):
+        yield (
+            f"{name}.checkpoint={str(model.checkpoint)!r} lies among the checkpoints of train.output_dir="
+            f"{str(config.train.output_dir)!r}, which this run moves and removes; name another train.output_dir"
+        )
+
+
+def _load_shapes(name: str, model: ModelConfig) -> HfShapes:
+    key = "hf" if model.hf is not None else "checkpoint"
+    source = model.hf if model.hf is not None else model.checkpoint
+    assert source is not None  # ModelConfig._exactly_one_source
+    if not source.is_dir():
+        raise ConfigError(f"{name}.{key}={str(source)!r}: no such folder")
+    if not (model.hf_folder / "config.json").is_file():
+        kind = (
+            "a Hugging Face model"
+            if key == "hf"
+            else "a checkpoint (written by tools/convert_hf_to_megatron.py or a run)"
+        )
+        raise ConfigError(
+            f"{name}.{key}={str(source)!r} is not {kind}: {model.hf_folder / 'config.json'} is missing"
+        )
+    try:
+        return load_hf_shapes(model.hf_folder)
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{key}={str(source)!r}: {error}") from None
+
+
+def _weight_problems(name: str, model: ModelConfig) -> Iterator[str]:
+    if model.hf is not None:
+        for problem in find_hf_problems(model.hf):
+            yield f"{name}.hf={str(model.hf)!r}: {problem}"
+    elif model.checkpoint is not None:
+        for problem in find_checkpoint_problems(model.checkpoint):
+            yield f"{name}.checkpoint={str(model.checkpoint)!r}: {problem}"
+
+
+def _layout_problems(name: str, model: ModelConfig, shapes: HfShapes) -> Iterator[str]:
+    tp, pp = model.parallel.tensor_model_parallel_size, model.parallel.pipeline_model_parallel_size
+    for size, what in (
+        (shapes.num_attention_heads, "attention heads"),
+        (shapes.num_query_groups, "key-value heads"),
+        (shapes.ffn_hidden_size, "FFN channels"),
+    ):
+        if size % tp:
+            yield f"{name}.parallel.tensor_model_parallel_size={tp} does not divide the model's {size} {what}"
+    if shapes.num_layers % pp:
+        yield (
+            f"{name}.parallel.pipeline_model_parallel_size={pp} does not divide "
+            f"the model's {shapes.num_layers} layers"
+        )
+
+
+def _chunk_problems(config: GkdConfig, shapes: HfShapes) -> Iterator[str]:
+    parallel = config.student.parallel
+    pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if shapes.num_layers % pp == 0 and shapes.num_layers // pp % chunks:
+        yield (
+            f"student.parallel.virtual_pipeline_model_parallel_size={chunks} does not divide "
+            f"the {shapes.num_layers // pp} layers of a pipeline stage"
+        )
+
+
+def _length_problems(config: GkdConfig, name: str, shapes: HfShapes) -> Iterator[str]:
+    key, length, total = "max_prompt_length", config.data.max_prompt_length, config.seq_length
+    if name == "teacher" and config.teacher_seq_length > total:
+        key, length = "max_teacher_prompt_length", config.data.teacher_prompt_length
+        total = config.teacher_seq_length
+    tokens = f"data.{key}={length} + rollout.max_new_tokens={config.rollout.max_new_tokens} = {total} tokens"
+    if total > shapes.max_position_embeddings:
+        yield (
+            f"{tokens}, but the {name} was made for {shapes.max_position_embeddings} (max_position_embeddings); shorten one "
+            "of them"
+        )
+    elif shapes.sliding_window is not None and total > shapes.sliding_window:
+        yield (
+            f"{tokens}, but the attention of the {name} reaches back over sliding_window={shapes.sliding_window} only, which "
+            "is not built; shorten one of them"
+        )
+
+
+def _served_teacher_problems(config: GkdConfig, student: HfShapes) -> Iterator[str]:
+    """Of a teacher behind a port; it may be of any architecture, so only its vocabulary is read."""
+    teacher = config.teacher
+    if teacher.kind != "server":
+        return
+    try:
+        vocab_size = load_served_model(teacher.hf).vocab_size
+    except ConfigError as error:
+        yield f"teacher.hf={str(teacher.hf)!r}: {error}"
+        return
+    yield from _vocabulary_problems(config, student, teacher.hf, vocab_size)
+    if teacher.top_k > vocab_size:
+        yield f"teacher.top_k={teacher.top_k} is above the teacher's vocab_size={vocab_size}; lower it"
+
+
+def _vocabulary_problems(
+    config: GkdConfig, student: HfShapes, teacher_folder: Path, teacher_vocab_size: int
+) -> Iterator[str]:
+    if student.vocab_size == teacher_vocab_size:
+        return
+    num_ids = count_token_ids(config.student.hf_folder)
+    if num_ids is not None and num_ids <= student.vocab_size < teacher_vocab_size:
+        return  # only rows without a token differ, as between the small and the large models of Qwen2.5
+    yield (
+        f"the student ({config.student.hf_folder}) has vocab_size={student.vocab_size} and the teacher "
+        f"({teacher_folder}) vocab_size={teacher_vocab_size}; both must use the same vocabulary, take models of one "
+        "family (a teacher may have more rows that are no token)"
+    )
+
+
+def _server_problems(config: GkdConfig, student: HfShapes) -> Iterator[str]:
+    if config.rollout.kind == "sglang" and config.rollout.placement == "colocated":
+        tp = config.rollout.tensor_model_parallel_size
+        if student.num_attention_heads % tp:
+            yield (
+                f"rollout.tensor_model_parallel_size={tp} does not divide the student's "
+                f"{student.num_attention_heads} attention heads"
+            )
+
+
+def _output_problems(config: GkdConfig, student: HfShapes) -> Iterator[str]:
+    folder = config.train.output_dir
+    needed = student.num_parameters * CHECKPOINT_BYTES_PER_PARAMETER[config.train.precision]
+    for problem in find_output_problems(folder, needed):
+        yield f"train.output_dir={str(folder)!r}: {problem}"
