@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart   distil a real language model on this machine"
 	@echo "make test         lint, types, unit, distributed and e2e tests"
 	@echo "make unit | distributed | e2e | lint | types    one part of it"
-	@echo "make gpu          tests that need a CUDA device, on a machine that has one"
+	@echo "make gpu          check a machine with a CUDA device: numbers, a run, speed, tests/gpu"
 	@echo "make check        lint, types and unit tests: before every push"
 	@echo "make format       format the code and repair what ruff can"
 	@echo "make bench        time and memory of the losses beside other systems'"
@@ -43,9 +43,9 @@ distributed: .venv/.installed
 e2e: .venv/.installed
 	$(PYTEST) tests/e2e
 
-# Elsewhere every one of them is skipped.
+# All stages; for some of them, or a smoke run on a CPU: tools/gpu_check.py --help.
 gpu: .venv/.installed
-	$(PYTEST) tests/gpu -rs
+	$(BIN)/python tools/gpu_check.py --out runs/gpu_check
 
 lint: .venv/.installed
 	$(BIN)/ruff check
