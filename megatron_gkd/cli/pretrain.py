@@ -179,7 +179,7 @@ def _train_or_report(config: GkdConfig, rank: int) -> int:
     from megatron_gkd.losses.certificate import CertificateError
     from megatron_gkd.train.main import Run
 
-    run = Run(config, platform, rank)
+    run = Run(config, platform)
     try:
         run.prepare()
     except (ConfigError, DataError, CheckpointError, CertificateError) as error:

@@ -4,6 +4,7 @@ Shapes: B = sequences of a micro-batch, S = positions, H = hidden, V = vocabular
 """
 
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -262,3 +263,22 @@ def select_rows(
     num_sequences = mask_BS.shape[0]
     sequence_T, position_T = mask_BS.nonzero(as_tuple=True)
     return hidden_SBH.flatten(0, 1)[position_T * num_sequences + sequence_T]
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """A model as one rank holds it.
+
+    Attributes:
+        model: This rank's part.
+        groups: Layout and process groups.
+        tap: Switch on the output layer of the last stage; ``None`` on other stages.
+        shapes: Sizes from config.json.
+        dtype: Number format of the parameters.
+    """
+
+    model: LocalModel
+    groups: ModelGroups
+    tap: HiddenTap | None
+    shapes: HfShapes
+    dtype: torch.dtype

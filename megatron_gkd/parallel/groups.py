@@ -1,13 +1,56 @@
-"""Layouts as frozen values, and the process groups that Megatron-Core needs for each model.
+"""The process in its job, layouts as frozen values, and the process groups that Megatron-Core needs for each model.
 
 Ranks are numbered as Megatron does: tensor parallelism varies fastest, then data, then pipeline.
 """
 
 import datetime
+import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+from megatron_gkd.platform.device import Platform
+from megatron_gkd.platform.kernels import Kernels
+
+
+@dataclass(frozen=True)
+class Job:
+    """This process in its job, and what it computes on.
+
+    Attributes:
+        platform: Device and collective back end.
+        kernels: Optional kernel libraries.
+        rank: Rank in the job.
+        size: Ranks in the job.
+    """
+
+    platform: Platform
+    kernels: Kernels
+    rank: int
+    size: int
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is rank 0, which sends requests to servers and writes the records."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.platform.device
+
+    @classmethod
+    def of_process(cls, platform: Platform, kernels: Kernels) -> "Job":
+        """The place of this process as torchrun describes it; a job of one process without torchrun."""
+        if not dist.is_torchelastic_launched():
+            return cls(platform, kernels, rank=0, size=1)
+        return cls(platform, kernels, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+    def join(self) -> None:
+        """Create the job's process group. Collective."""
+        join_job(self.platform.collective_backend)
 
 
 @dataclass(frozen=True)

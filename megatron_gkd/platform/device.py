@@ -10,6 +10,8 @@ import torch
 from megatron_gkd.config import ConfigError
 
 KIB = 1024
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Number formats by their name in ``train.precision``."""
 
 
 @dataclass(frozen=True)

@@ -1,46 +1,32 @@
-"""The embedded engine: the student generates with its own Megatron model; no server, and no weights to push."""
+"""The embedded engine: the student's own Megatron model generates, without a server or a weight push."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
-from megatron_gkd.models.chunks import LocalModel
+from megatron_gkd.config.rollout import MegatronRolloutConfig
 from megatron_gkd.models.generation import SamplingRule, generate
-from megatron_gkd.models.gpt import HiddenTap
-from megatron_gkd.parallel.groups import ModelGroups
+from megatron_gkd.models.gpt import ShardedModel
 from megatron_gkd.parallel.routing import share
-from megatron_gkd.rollout.engine import Completion, Sampling
-from megatron_gkd.rollout.stop import cut_at_stop
+from megatron_gkd.rollout.base import RolloutContext, RolloutEngine, cut_at_stop
+from megatron_gkd.serving.completion import Completion, Sampling
 
 
-class MegatronRollout:
-    """A ``RolloutEngine`` over the student itself; every copy of the student generates its share.
+class MegatronRollout(RolloutEngine):
+    """Generation by the student itself; each copy of the student generates its share of the prompts.
 
     Args:
-        model: This rank's part of the student.
-        groups: Its layout and groups.
-        tap: Switch on its output layer, on the last stage.
-        sampling: How to draw tokens.
-        vocab_size: Real vocabulary entries.
-        stop: Texts that end a completion; the ids are cut after generation.
+        sampling: Distribution, limits and stop tokens.
+        stop: Strings that end a completion; the ids are cut after generation.
         decode: Text of token ids.
     """
 
-    def __init__(
-        self,
-        model: LocalModel,
-        groups: ModelGroups,
-        tap: HiddenTap | None,
-        sampling: Sampling,
-        *,
-        vocab_size: int,
-        stop: Sequence[str] = (),
-        decode: Callable[[list[int]], str],
-    ):
-        self._model, self._groups, self._tap = model, groups, tap
-        self._vocab_size, self._version = vocab_size, 0
+    def __init__(self, sampling: Sampling, *, stop: Sequence[str] = (), decode: Callable[[list[int]], str]):
         self._stop, self._decode = tuple(stop), decode
+        self._version = 0
+        self._student: ShardedModel | None = None
         self._rule = SamplingRule(
             sampling.temperature,
             sampling.top_p,
@@ -49,35 +35,44 @@ class MegatronRollout:
             sampling.stop_token_ids,
         )
 
+    @override
+    @classmethod
+    def build(cls, section: MegatronRolloutConfig, context: RolloutContext) -> "MegatronRollout":
+        return cls(context.sampling, stop=section.stop, decode=context.tokenizer.decode)
+
+    @override
+    def connect(self, student: ShardedModel) -> None:
+        self._student = student
+
+    @override
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
-        """See ``RolloutEngine.generate``."""
-        num_copies = self._groups.layout.dp_size
+        student = self._student
+        assert student is not None  # connected
+        groups, model = student.groups, student.model
+        num_copies = groups.layout.dp_size
         padded = -(-len(prompts) // num_copies) * num_copies
-        start, stop = (min(edge, len(prompts)) for edge in share(padded, self._groups.dp_rank, num_copies))
-        device = next(self._model.parameters()).device
-        # -1 marks what this copy does not know; the maximum over all ranks is the whole table
+        start, stop = (min(edge, len(prompts)) for edge in share(padded, groups.dp_rank, num_copies))
+        device = next(model.parameters()).device
+        # -1 marks the rows of other copies: the maximum over all ranks is the whole table
         table = torch.full((len(prompts), self._rule.max_new_tokens), -1, dtype=torch.long, device=device)
         if start < stop:
             completions = generate(
-                self._model,
-                self._groups,
-                self._tap,
+                model,
+                groups,
+                student.tap,
                 prompts[start:stop],
                 seeds[start:stop],
                 self._rule,
-                vocab_size=self._vocab_size,
+                vocab_size=student.shapes.vocab_size,
             )
             for row, ids in enumerate(completions, start):
                 table[row, : len(ids)] = torch.tensor(ids, device=device)
         dist.all_reduce(table, op=dist.ReduceOp.MAX)
         return [self._completion([i for i in ids if i >= 0]) for ids in table.tolist()]
 
-    def push_weights(self, version: int) -> None:
-        """The student's weights are already here; only their version is noted."""
-        self._version = version
-
-    def close(self) -> None:
-        """Nothing is held."""
+    @override
+    def push_weights(self, version: int, probe: Sequence[Sequence[int]]) -> None:
+        self._version = version  # the student generates with its own weights
 
     def _completion(self, ids: list[int]) -> Completion:
         reason = "stop" if ids[-1] in self._rule.stop_token_ids else "length"

@@ -7,6 +7,7 @@ Each attempt opens its own connection; a kept-alive one that the server closed m
 import ipaddress
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 
 import requests
 
+from megatron_gkd.config import ConfigError
 from megatron_gkd.serving.errors import EngineError, EngineReplyInvalid, EngineTimeout
 
 log = logging.getLogger(__name__)
@@ -199,3 +201,23 @@ def _decode_json(request: str, body: bytes) -> Any:
 
 def _excerpt(body: bytes) -> str:
     return body[:500].decode("utf-8", "replace")
+
+
+def read_api_key(setting: str, variable: str | None) -> str | None:
+    """The API key of a server from the environment; ``None`` if none is configured.
+
+    Args:
+        setting: Dotted key of the configuration, for the message.
+        variable: Its value, the name of an environment variable.
+
+    Raises:
+        ConfigError: The variable is not set.
+    """
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ConfigError(
+            f"{setting}={variable!r}: this environment variable is not set; export it before the start, or set the key to "
+            "null for servers without a key"
+        )
+    return os.environ[variable]

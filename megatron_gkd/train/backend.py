@@ -1,14 +1,12 @@
 """Which back end computes the loss of a run, where the configuration leaves it open."""
 
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from megatron_gkd.config import GkdConfig
-
-if TYPE_CHECKING:
-    from megatron_gkd.train.build import Student
+from megatron_gkd.models.gpt import ShardedModel
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ def with_backend(
     return config.model_copy(update={"loss": loss})
 
 
-def with_backend_of(config: GkdConfig, student: "Student", device: torch.device) -> GkdConfig:
+def with_backend_of(config: GkdConfig, student: ShardedModel, device: torch.device) -> GkdConfig:
     """``with_backend`` for the layout and the vocabulary of a student that was built."""
     layout = student.groups.layout
     return with_backend(

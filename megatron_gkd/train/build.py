@@ -4,10 +4,7 @@ import logging
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
@@ -15,20 +12,19 @@ from torch.nn import Parameter
 
 from megatron_gkd.checkpoint.weights import WeightSource, load_head, load_weights
 from megatron_gkd.config import GkdConfig
-from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
+from megatron_gkd.config.hf_shapes import load_hf_shapes
 from megatron_gkd.config.model import ModelConfig
 from megatron_gkd.config.student import StudentConfig
 from megatron_gkd.config.teacher import MegatronTeacherConfig, NoTeacherConfig, ServerTeacherConfig
 from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.models.chunks import LocalModel, chunks_of
-from megatron_gkd.models.gpt import HiddenTap, build_gpt, keep_graph_in_recompute
+from megatron_gkd.models.gpt import HiddenTap, ShardedModel, build_gpt, keep_graph_in_recompute
 from megatron_gkd.models.lora import LoraSpec, attach_adapters, start_training_adapters
 from megatron_gkd.models.patterns import frozen_tensors, summarise, undecayed_tensors
 from megatron_gkd.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_gkd.optim.schedule import LearningRateSchedule
-from megatron_gkd.parallel.groups import ModelGroups, init_student_groups, make_model_groups
-from megatron_gkd.platform.device import Platform
-from megatron_gkd.platform.kernels import Kernels
+from megatron_gkd.parallel.groups import Job, ModelGroups, init_student_groups, make_model_groups
+from megatron_gkd.platform.device import DTYPES
 from megatron_gkd.reshard.layout import WeightLayout, hf_tensors, parameters_made_of
 from megatron_gkd.teacher.engine import NoTeacher, TeacherEngine
 from megatron_gkd.teacher.megatron import MegatronTeacher
@@ -36,64 +32,25 @@ from megatron_gkd.train.served_teacher import build_served_teacher
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
-class World:
-    """This process and what it runs on.
-
-    Attributes:
-        platform: Device and collective back end.
-        kernels: Optional kernel libraries.
-        rank: Rank in the job.
-        size: Ranks in the job.
-    """
-
-    platform: Platform
-    kernels: Kernels
-    rank: int
-    size: int
-
-    @property
-    def is_leader(self) -> bool:
-        """Rank 0 talks to servers and writes the records."""
-        return self.rank == 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where this rank computes."""
-        return self.platform.device
-
-
-@dataclass(frozen=True)
-class Student:
+class Student(ShardedModel):
     """The model that learns, and what trains it.
 
     Attributes:
-        model: This rank's part.
-        ddp: The same, wrapped for data parallelism chunk by chunk.
+        ddp: This rank's part, wrapped for data parallelism chunk by chunk.
         optimizer: Megatron's optimizer over it.
         schedule: Learning rate by iteration.
-        groups: Layout and process groups.
-        tap: Switch on the output layer of the last stage; ``None`` on other stages.
-        weights: Its weights as slices of Hugging Face tensors.
-        dtype: Number format of the parameters.
     """
 
-    model: LocalModel
     ddp: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: LearningRateSchedule
-    groups: ModelGroups
-    tap: HiddenTap | None
-    weights: WeightLayout
-    dtype: torch.dtype
 
     @property
-    def shapes(self) -> HfShapes:
-        """Sizes from config.json."""
-        return self.weights.shapes
+    def weights(self) -> WeightLayout:
+        """The weights as slices of Hugging Face tensors."""
+        return WeightLayout(self.shapes, self.groups.layout, self.model.vocab_size)
 
 
 def weight_source(config: ModelConfig) -> WeightSource:
@@ -104,7 +61,7 @@ def weight_source(config: ModelConfig) -> WeightSource:
     return WeightSource(config.hf, is_checkpoint=False)
 
 
-def build_student(config: GkdConfig, world: World) -> Student:
+def build_student(config: GkdConfig, job: Job) -> Student:
     """The student with its weights loaded, DDP, optimizer and schedule. Collective."""
     section, source = config.student, weight_source(config.student)
     parallel = section.parallel
@@ -119,8 +76,8 @@ def build_student(config: GkdConfig, world: World) -> Student:
         shapes,
         groups,
         dtype=dtype,
-        device=world.device,
-        kernels=world.kernels,
+        device=job.device,
+        kernels=job.kernels,
         max_seq_length=config.seq_length,
         vocab_divisible_by=section.make_vocab_size_divisible_by,
         sequence_parallel=parallel.sequence_parallel,
@@ -132,7 +89,7 @@ def build_student(config: GkdConfig, world: World) -> Student:
         shapes,
         groups,
         vocab_divisible_by=section.make_vocab_size_divisible_by,
-        device=world.device,
+        device=job.device,
     )
     tap = HiddenTap(model) if groups.is_last_stage else None
     weights = WeightLayout(shapes, groups.layout, model.vocab_size)
@@ -141,8 +98,8 @@ def build_student(config: GkdConfig, world: World) -> Student:
     undecayed = _parameters_of(undecayed_tensors(config.optim, shapes), model, weights, groups)
     optimizer = build_optimizer(ddp, groups, config.optim, dtype, undecayed)
     schedule = LearningRateSchedule(optimizer, config.optim, config.train.train_iters)
-    log.info("Student: %s, %s on %s", source.folder, groups.layout, world.device)
-    return Student(model, ddp, optimizer, schedule, groups, tap, weights, dtype)
+    log.info("Student: %s, %s on %s", source.folder, groups.layout, job.device)
+    return Student(model, groups, tap, shapes, dtype, ddp, optimizer, schedule)
 
 
 def _choose_trained(
@@ -177,15 +134,15 @@ def _parameters_of(
 
 
 def build_teacher(
-    config: GkdConfig, world: World, student: Student, pad_id: int
+    config: GkdConfig, job: Job, student: Student, pad_id: int
 ) -> tuple[TeacherEngine, Tensor | None]:
     """The teacher, and the shard of its head that the loss needs (``None`` where it needs none). Collective."""
     if isinstance(config.teacher, NoTeacherConfig):
         _warn_of_own_samples(config)
         return NoTeacher(), None
     if isinstance(config.teacher, ServerTeacherConfig):
-        return build_served_teacher(config, config.teacher, student.groups, world.device), None
-    return _build_megatron_teacher(config, config.teacher, world, student, pad_id)
+        return build_served_teacher(config, config.teacher, student.groups, job.device), None
+    return _build_megatron_teacher(config, config.teacher, job, student, pad_id)
 
 
 def _warn_of_own_samples(config: GkdConfig) -> None:
@@ -198,7 +155,7 @@ def _warn_of_own_samples(config: GkdConfig) -> None:
 
 
 def _build_megatron_teacher(
-    config: GkdConfig, section: MegatronTeacherConfig, world: World, student: Student, pad_id: int
+    config: GkdConfig, section: MegatronTeacherConfig, job: Job, student: Student, pad_id: int
 ) -> tuple[MegatronTeacher, Tensor | None]:
     """The headless teacher, and the shard of its head on the student's last stage (``None`` elsewhere)."""
     source = weight_source(section)
@@ -209,13 +166,13 @@ def _build_megatron_teacher(
         shapes,
         groups,
         dtype=student.dtype,
-        device=world.device,
-        kernels=world.kernels,
+        device=job.device,
+        kernels=job.kernels,
         max_seq_length=config.teacher_seq_length,
         sequence_parallel=parallel.sequence_parallel,
         is_headless=True,
     )
-    load_weights(model, source, shapes, groups, is_headless=True, device=world.device)
+    load_weights(model, source, shapes, groups, is_headless=True, device=job.device)
     head_VH = load_head(
         source,
         shapes,
@@ -224,7 +181,7 @@ def _build_megatron_teacher(
         padded_vocab=student.model.vocab_size,
         dp_rank=student.groups.dp_rank,
         dtype=student.dtype,
-        device=world.device,
+        device=job.device,
         is_needed=student.groups.is_last_stage,
     )
     teacher = MegatronTeacher(
@@ -234,7 +191,7 @@ def _build_megatron_teacher(
         student_dp_rank=student.groups.dp_rank,
         micro_batch_size=section.micro_batch_size,
         pad_id=pad_id,
-        device=world.device,
+        device=job.device,
     )
     log.info("Teacher: %s, %s, headless", source.folder, groups.layout)
     return teacher, head_VH
@@ -258,13 +215,3 @@ def make_micro_batches(config: GkdConfig, groups: ModelGroups, batch: Batch, pad
         seq_length=batch.padded_length(multiple_of),
         pad_id=pad_id,
     )
-
-
-def start_world(platform: Platform, kernels: Kernels) -> World:
-    """This process's place in the job, once the process group exists."""
-    return World(platform, kernels, dist.get_rank(), dist.get_world_size())
-
-
-def log_folder(config: GkdConfig) -> Path:
-    """Where every rank keeps its own log."""
-    return config.train.output_dir / "logs"

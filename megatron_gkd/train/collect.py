@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from megatron_gkd.data.sample import Batch, Prompt, Sample
 from megatron_gkd.data.streams import PromptStream
-from megatron_gkd.rollout.engine import RolloutEngine
+from megatron_gkd.rollout.base import RolloutEngine
 from megatron_gkd.rollout.mixing import choose_on_policy, sampling_seed
 from megatron_gkd.train.state import TrainState
 

@@ -10,7 +10,7 @@ from megatron_gkd.config import GkdConfig
 from megatron_gkd.data.sample import Batch, Sample
 from megatron_gkd.observability.timers import Timers
 from megatron_gkd.parallel.collectives import reduce_values
-from megatron_gkd.parallel.groups import join_job
+from megatron_gkd.parallel.groups import Job
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import detect_kernels
 from megatron_gkd.train.backend import with_backend_of
@@ -18,7 +18,6 @@ from megatron_gkd.train.build import (
     build_student,
     build_teacher,
     make_micro_batches,
-    start_world,
 )
 from megatron_gkd.train.inputs import build_tokenizer, with_iterations
 from megatron_gkd.train.preconditions import require_loss_backend, require_teacher
@@ -54,12 +53,12 @@ def dry_run(config: GkdConfig, platform: Platform) -> str:
     config = with_iterations(config, tokenizer)
     require_loss_backend(config, platform.device)
     require_teacher(config, tokenizer)
-    join_job(platform.collective_backend)
+    job = Job.of_process(platform, detect_kernels(on_cpu=platform.is_cpu))
+    job.join()
     try:
-        world = start_world(platform, detect_kernels(on_cpu=platform.is_cpu))
-        student = build_student(config, world)
-        config = with_backend_of(config, student, world.device)
-        teacher, teacher_head_VH = build_teacher(config, world, student, tokenizer.pad_id)
+        student = build_student(config, job)
+        config = with_backend_of(config, student, job.device)
+        teacher, teacher_head_VH = build_teacher(config, job, student, tokenizer.pad_id)
         seconds = []
         for iteration in range(NUM_ITERATIONS):
             batch = largest_batch(config, student.shapes.vocab_size, seed=iteration)
@@ -72,12 +71,12 @@ def dry_run(config: GkdConfig, platform: Platform) -> str:
                 scored = attach_signals(batch, micro_batches, signals)
                 train_step(student, teacher_head_VH, scored, config.loss)
             slowest = reduce_values(
-                [timers.seconds[stage] for stage in STAGES], ["max"] * len(STAGES), device=world.device
+                [timers.seconds[stage] for stage in STAGES], ["max"] * len(STAGES), device=job.device
             )
             seconds.append(slowest)
             log.info("Dry iteration %d of %d took %.1f s", iteration + 1, NUM_ITERATIONS, sum(slowest))
-        own_peak = [platform.peak_memory_bytes() * (rank == world.rank) for rank in range(world.size)]
-        peaks = reduce_values(own_peak, ["sum"] * world.size, device=world.device)
+        own_peak = [platform.peak_memory_bytes() * (rank == job.rank) for rank in range(job.size)]
+        peaks = reduce_values(own_peak, ["sum"] * job.size, device=job.device)
     finally:
         dist.destroy_process_group()
     return _report(config, seconds, peaks)

@@ -1,7 +1,6 @@
 """The run: one iteration after the other, strictly on-policy, saved and stopped in order."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,19 @@ from torch import Tensor
 from megatron_gkd.checkpoint.space import NoSpaceError
 from megatron_gkd.checkpoint.store import CheckpointStore
 from megatron_gkd.config import GkdConfig
-from megatron_gkd.config.hf_shapes import load_hf_shapes
 from megatron_gkd.config.resume import is_named, permitted_changes
 from megatron_gkd.data.sample import Batch, Prompt
 from megatron_gkd.data.streams import PromptsChanged, PromptStream
 from megatron_gkd.data.tokenizer import DataError, Tokenizer
 from megatron_gkd.observability.status import State
-from megatron_gkd.rollout.engine import EngineError, RolloutEngine
+from megatron_gkd.parallel.groups import Job
+from megatron_gkd.rollout.base import PushReport, RolloutEngine
+from megatron_gkd.serving.errors import EngineError
 from megatron_gkd.teacher.engine import TeacherEngine
 from megatron_gkd.train.backend import with_backend_of
-from megatron_gkd.train.build import Student, World, build_student, build_teacher, make_micro_batches
+from megatron_gkd.train.build import Student, build_student, build_teacher, make_micro_batches
 from megatron_gkd.train.collect import collect_batch
-from megatron_gkd.train.engines import EngineHost
 from megatron_gkd.train.loss import certify_run
-from megatron_gkd.train.probe import probe_sequences
 from megatron_gkd.train.records import Records
 from megatron_gkd.train.state import TrainState
 from megatron_gkd.train.step import ScoredMicroBatch, StepResult, attach_signals, train_step
@@ -43,13 +41,13 @@ class Trainer:
     """The parts of a run."""
 
     config: GkdConfig
-    world: World
+    job: Job
     tokenizer: Tokenizer
     loader: PromptStream
     student: Student
     teacher: TeacherEngine
     teacher_head_VH: Tensor | None
-    host: EngineHost
+    rollout: RolloutEngine
     store: CheckpointStore
     records: Records
     validation: Validation | None = None
@@ -119,13 +117,13 @@ class Trainer:
             return "done"
         self.records.status("running", self.state.iteration, "waiting for the generation engine")
         try:
-            engine = self.connect_engine()
+            self.connect_rollout()
             self.records.start(self.state.iteration)
             while self.state.iteration < train.train_iters:
-                if stop.is_agreed(self.world.device):
+                if stop.is_agreed(self.job.device):
                     self.save_finally()
                     return "stopped"
-                self._iterate(engine)
+                self._iterate()
                 self.store.advance()
                 self._save_if_due()
         except (EngineError, DataError):
@@ -135,17 +133,16 @@ class Trainer:
         self.save_finally()
         return "done"
 
-    def connect_engine(self) -> RolloutEngine:
-        """The engine, holding the student's present weights. Collective."""
-        engine = self.host.connect(self.student, self.tokenizer)
-        self.host.probe = probe_sequences([prompt.ids for prompt in self.loader.first_prompts(2)])
-        engine.push_weights(self.state.iteration)
-        return engine
+    def connect_rollout(self) -> None:
+        """Wait for the engine, and give it the student's current weights. Collective."""
+        self.rollout.connect(self.student)
+        probe = [prompt.ids for prompt in self.loader.first_prompts(2)]
+        self.rollout.push_weights(self.state.iteration, probe)
 
-    def _iterate(self, engine: RolloutEngine) -> None:
+    def _iterate(self) -> None:
         timers, state = self.records.timers, self.state
         with timers("iteration"):
-            batch, scored = self._collect_and_score(engine)
+            batch, scored = self._collect_and_score()
             with timers("student"):
                 lr = self.student.schedule.set_iteration(state.iteration)
                 result = train_step(self.student, self.teacher_head_VH, scored, self.config.loss)
@@ -156,26 +153,24 @@ class Trainer:
                         self.student, self.teacher, self.teacher_head_VH, self.records.metrics
                     )
             with timers("push"):
-                failure = self._push(engine, batch)
-        push = self.host.pusher.last if self.host.pusher and failure is None else None
+                push, failure = self._push(batch)
         self.records.finish_iteration(state, batch, result, lr, push)
         if failure is not None:
             raise failure
 
-    def _push(self, engine: RolloutEngine, batch: Batch) -> EngineError | None:
-        """Push the new weights; a failure is handed back, because the update is done and goes into the records."""
-        self.host.probe = probe_sequences([s.prompt_ids + s.completion_ids for s in batch.samples])
+    def _push(self, batch: Batch) -> tuple[PushReport | None, EngineError | None]:
+        """Push the new weights; an error is returned, because the update is done and goes into the records."""
+        probe = [s.prompt_ids + s.completion_ids for s in batch.samples]
         try:
-            engine.push_weights(self.state.iteration)
+            return self.rollout.push_weights(self.state.iteration, probe), None
         except EngineError as error:
-            return error
-        return None
+            return None, error
 
-    def _collect_and_score(self, engine: RolloutEngine) -> tuple[Batch, list[ScoredMicroBatch]]:
+    def _collect_and_score(self) -> tuple[Batch, list[ScoredMicroBatch]]:
         timers, position = self.records.timers, self.loader.state_dict()
         try:
             with timers("rollout"):
-                batch = self._collect(engine)
+                batch = self._collect()
             micro_batches = make_micro_batches(self.config, self.student.groups, batch, self.tokenizer.pad_id)
             with timers("teacher"):
                 signals = self.teacher.score(batch, micro_batches)
@@ -184,11 +179,11 @@ class Trainer:
             raise
         return batch, attach_signals(batch, micro_batches, signals)
 
-    def _collect(self, engine: RolloutEngine) -> Batch:
+    def _collect(self) -> Batch:
         config = self.config
         return collect_batch(
             self.loader,
-            engine,
+            self.rollout,
             self.state,
             global_batch_size=config.train.global_batch_size,
             num_samples=config.rollout.num_samples,
@@ -236,53 +231,50 @@ class Trainer:
 
 def build_trainer(
     config: GkdConfig,
-    world: World,
+    job: Job,
     tokenizer: Tokenizer,
     loader: PromptStream,
     validation_prompts: tuple[Prompt, ...],
-    on_host: Callable[[EngineHost], None],
+    rollout: RolloutEngine,
 ) -> Trainer:
-    """All parts of a run; a server that the run owns starts first, so that it loads meanwhile. Collective.
+    """All parts of a run around the engine, which was started before. Collective.
 
     Args:
         config: Checked configuration.
-        world: This process.
+        job: This process.
         tokenizer: The student's tokenizer.
         loader: The prompts.
         validation_prompts: Held-out rows; none: no validation.
-        on_host: Receives the owner of the server before it is launched, so that it can be closed whatever happens next.
+        rollout: Its engine.
     """
-    host = EngineHost(config, world, load_hf_shapes(config.student.hf_folder))
-    on_host(host)
-    host.launch()
-    student = build_student(config, world)
-    config = with_backend_of(config, student, world.device)
+    student = build_student(config, job)
+    config = with_backend_of(config, student, job.device)
     if config.loss.certify:
-        certify_run(config, student.groups, world.device)
-    teacher, teacher_head_VH = build_teacher(config, world, student, tokenizer.pad_id)
+        certify_run(config, student.groups, job.device)
+    teacher, teacher_head_VH = build_teacher(config, job, student, tokenizer.pad_id)
     store = CheckpointStore(
         config.checkpoint_dir,
         hf_files=config.student.hf_folder,
         groups=student.groups,
         dtype=student.dtype,
-        device=world.device,
+        device=job.device,
         keep_last=config.checkpoint.keep_last,
         best_metric=config.checkpoint.keep_best_metric,
         tokenizer=config.data.tokenizer,
         chat_template=tokenizer.chat_template if config.data.chat_template else None,
         in_background=config.checkpoint.async_save,
     )
-    records = Records(config, world, tokenizer)
+    records = Records(config, job, tokenizer)
     validation = Validation(validation_prompts, config, tokenizer.pad_id) if validation_prompts else None
     return Trainer(
         config,
-        world,
+        job,
         tokenizer,
         loader,
         student,
         teacher,
         teacher_head_VH,
-        host,
+        rollout,
         store,
         records,
         validation,

@@ -7,16 +7,15 @@ import torch.distributed as dist
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.data.sample import Prompt
 from megatron_gkd.data.streams import PromptStream
-from megatron_gkd.data.tokenizer import Tokenizer
 from megatron_gkd.observability.status import State
-from megatron_gkd.parallel.groups import join_job
+from megatron_gkd.parallel.groups import Job
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import detect_kernels
-from megatron_gkd.train.build import start_world
-from megatron_gkd.train.engines import EngineHost
+from megatron_gkd.rollout import ROLLOUTS
+from megatron_gkd.rollout.base import RolloutContext, RolloutEngine
 from megatron_gkd.train.inputs import build_prompts, build_tokenizer, build_validation_prompts
 from megatron_gkd.train.loop import Trainer, build_trainer
-from megatron_gkd.train.preconditions import require_engine, require_loss_backend, require_teacher
+from megatron_gkd.train.preconditions import require_loss_backend, require_teacher
 from megatron_gkd.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
@@ -28,13 +27,12 @@ class Run:
     Args:
         config: Checked configuration.
         platform: The device of this process.
-        rank: Of this process in the job.
     """
 
-    def __init__(self, config: GkdConfig, platform: Platform, rank: int):
-        self._config, self._platform, self._rank = config, platform, rank
+    def __init__(self, config: GkdConfig, platform: Platform):
+        self._config, self._platform = config, platform
         self._stop = StopRequest(config.train.output_dir)
-        self._host: EngineHost | None = None
+        self._rollout: RolloutEngine | None = None
         self._trainer: Trainer | None = None
 
     @property
@@ -55,9 +53,11 @@ class Run:
         validation = build_validation_prompts(self._config, tokenizer)
         self._config = self._with_iterations(loader)
         require_loss_backend(self._config, self._platform.device)
-        require_engine(self._config, self._platform.device, is_leader=self._rank == 0)
+        job = Job.of_process(self._platform, detect_kernels(on_cpu=self._platform.is_cpu))
+        context = RolloutContext(self._config, job, tokenizer)
+        ROLLOUTS[type(self._config.rollout)].preflight(self._config.rollout, context)
         require_teacher(self._config, tokenizer)
-        self._build(tokenizer, loader, validation)
+        self._build(context, loader, validation)
 
     def train(self) -> State:
         """Train to the end or to a stop request; returns the final state and writes it to ``status.json``."""
@@ -71,8 +71,8 @@ class Run:
 
     def close(self) -> None:
         """Stop the server, close the files and leave the job; harmless when called twice."""
-        if self._host is not None:
-            self._host.close()
+        if self._rollout is not None:
+            self._rollout.close()
         if self._trainer is not None:
             self._trainer.records.close()
         if dist.is_initialized():
@@ -89,13 +89,11 @@ class Run:
             )
         return config
 
-    def _build(self, tokenizer: Tokenizer, loader: PromptStream, validation: tuple[Prompt, ...]) -> None:
-        kernels = detect_kernels(on_cpu=self._platform.is_cpu)
-        join_job(self._platform.collective_backend)
-        world = start_world(self._platform, kernels)
-        log.info("%d ranks on %s (%s); %s", world.size, world.device, self._platform.reason, kernels.reason)
-        self._trainer = build_trainer(self._config, world, tokenizer, loader, validation, self._keep_host)
+    def _build(self, context: RolloutContext, loader: PromptStream, validation: tuple[Prompt, ...]) -> None:
+        config, job = context.config, context.job
+        job.join()
+        log.info("%d ranks on %s (%s); %s", job.size, job.device, self._platform.reason, job.kernels.reason)
+        # first: a server that the run starts loads while the models are built
+        self._rollout = ROLLOUTS[type(config.rollout)].build(config.rollout, context)
+        self._trainer = build_trainer(config, job, context.tokenizer, loader, validation, self._rollout)
         self._trainer.resume()
-
-    def _keep_host(self, host: EngineHost) -> None:
-        self._host = host

@@ -10,8 +10,8 @@ from megatron_gkd.observability.progress import Progress
 from megatron_gkd.observability.status import State, StatusFile
 from megatron_gkd.observability.timers import Timers
 from megatron_gkd.parallel.collectives import reduce_values
-from megatron_gkd.rollout.sync import PushReport
-from megatron_gkd.train.build import World
+from megatron_gkd.parallel.groups import Job
+from megatron_gkd.rollout.base import PushReport
 from megatron_gkd.train.loss import DETAILS, lost_mass_warning
 from megatron_gkd.train.state import TrainState
 from megatron_gkd.train.step import StepResult
@@ -28,22 +28,22 @@ class Records:
 
     Args:
         config: The run's configuration.
-        world: This process.
+        job: This process.
         tokenizer: Turns samples back into text.
     """
 
-    def __init__(self, config: GkdConfig, world: World, tokenizer: Tokenizer):
-        self._world, self._tokenizer = world, tokenizer
+    def __init__(self, config: GkdConfig, job: Job, tokenizer: Tokenizer):
+        self._job, self._tokenizer = job, tokenizer
         self._num_samples, self._loss = config.logging.num_samples, config.loss
         self._has_warned_of_lost_mass = False
         self._total = config.train.train_iters
-        self.metrics, self.timers = Metrics(), Timers(world.platform.synchronize)
+        self.metrics, self.timers = Metrics(), Timers(job.platform.synchronize)
         self.latest: dict[str, float] = {}
         self._progress = Progress(self._total)
         self._writer: MetricsWriter | None = None
         self._samples: SampleWriter | None = None
         self._status: StatusFile | None = None
-        if world.is_leader:
+        if job.is_leader:
             folder = config.train.output_dir
             self._writer = MetricsWriter(folder, config.logging.tensorboard)
             self._samples, self._status = SampleWriter(folder), StatusFile(folder)
@@ -72,12 +72,12 @@ class Records:
         if push is not None:
             self.metrics.add("push/bytes", push.num_bytes, unit="bytes", reduce="rank0")
             self.metrics.add("push/probe_difference", push.max_difference, unit="nats", reduce="rank0")
-        peak = self._world.platform.peak_memory_bytes() / GIB
+        peak = self._job.platform.peak_memory_bytes() / GIB
         self.metrics.add("memory/peak_gib", peak, unit="GiB", reduce="max")
         self.timers.record(self.metrics)
         metrics = self.metrics.take()
         values = reduce_values(
-            [m.value for m in metrics], [m.reduce for m in metrics], device=self._world.device
+            [m.value for m in metrics], [m.reduce for m in metrics], device=self._job.device
         )
         by_name = {metric.name: value for metric, value in zip(metrics, values, strict=True)}
         self.latest = by_name
@@ -102,7 +102,7 @@ class Records:
     def _warn_of_lost_mass(self, result: StepResult) -> None:
         """Once in a run; the metric goes on."""
         message = lost_mass_warning(result.details, self._loss)
-        if message and self._world.is_leader and not self._has_warned_of_lost_mass:
+        if message and self._job.is_leader and not self._has_warned_of_lost_mass:
             log.warning("%s", message)
             self._has_warned_of_lost_mass = True
 

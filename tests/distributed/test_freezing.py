@@ -144,7 +144,7 @@ def _recompute(rank: int, world_size: int, config_file: Path) -> None:
 def _train(rank: int, world_size: int, config_file: Path) -> None:
     from megatron_gkd.checkpoint.hf import export_weights
     from megatron_gkd.config import load_config
-    from megatron_gkd.rollout.sync import SharedWeightFile
+    from megatron_gkd.rollout.weight_sync import SharedWeightFile
 
     config, folder = load_config(config_file), config_file.parent
     student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
@@ -169,9 +169,7 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
     export_weights(
         student.model, folder / "exported.safetensors", student.shapes, student.groups, student.dtype
     )
-    file = SharedWeightFile(
-        folder / "push", student.weights, parameters, student.groups, student.dtype, torch.device("cpu")
-    )
+    file = SharedWeightFile(folder / "push", student, parameters)
     pushed, _ = file.write(1)
     if rank == 0:
         (pushed / "model.safetensors").rename(folder / "pushed.safetensors")

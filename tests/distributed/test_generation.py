@@ -114,6 +114,13 @@ def _load(folder: Path, groups, split: Split, **options):
     return model, HiddenTap(model) if groups.is_last_stage else None
 
 
+def _sharded(folder: Path, model, groups, tap):
+    from megatron_gkd.config import load_hf_shapes
+    from megatron_gkd.models.gpt import ShardedModel
+
+    return ShardedModel(model, groups, tap, load_hf_shapes(folder), torch.float32)
+
+
 def _vocab_size(folder: Path) -> int:
     return json.loads((folder / "config.json").read_text())["vocab_size"]
 
@@ -141,8 +148,8 @@ def _generate_greedily(rank: int, world_size: int, folders: list[Path], split: S
 
 
 def _sample(rank: int, world_size: int, folders: list[Path], split: Split, file: Path) -> None:
-    from megatron_gkd.rollout.engine import Sampling
     from megatron_gkd.rollout.megatron import MegatronRollout
+    from megatron_gkd.serving.completion import Sampling
 
     prompts = [*_prompts(), [1, 2, 3], [1, 2, 3]]
     seeds = [2**62 - 1, 0, *range(100, 107)]
@@ -153,8 +160,9 @@ def _sample(rank: int, world_size: int, folders: list[Path], split: Split, file:
             sampling = Sampling(
                 temperature=1.3, top_p=0.95, top_k=40, max_new_tokens=16, stop_token_ids=(EOS_ID,)
             )
-            engine = MegatronRollout(model, groups, tap, sampling, vocab_size=_vocab_size(folder), decode=str)
-            engine.push_weights(4)
+            engine = MegatronRollout(sampling, decode=str)
+            engine.connect(_sharded(folder, model, groups, tap))
+            assert engine.push_weights(4, prompts) is None
             completions = engine.generate(prompts, seeds)
             for completion in completions:
                 assert completion.weight_version == 4
@@ -199,14 +207,15 @@ def _draw_from_padded(rank: int, world_size: int, folder: Path) -> None:
 
 def _compare_ranks(rank: int, world_size: int, folder: Path, num_prompts: int) -> None:
     from megatron_gkd.parallel.collectives import gather_json
-    from megatron_gkd.rollout.engine import Sampling
     from megatron_gkd.rollout.megatron import MegatronRollout
+    from megatron_gkd.serving.completion import Sampling
 
     for split in (DP, TP2, PP2):
         with student_groups(split) as groups:
             model, tap = _load(folder, groups, split)
             sampling = Sampling(max_new_tokens=5, stop_token_ids=(EOS_ID,))
-            engine = MegatronRollout(model, groups, tap, sampling, vocab_size=261, stop=("7",), decode=str)
+            engine = MegatronRollout(sampling, stop=("7",), decode=str)
+            engine.connect(_sharded(folder, model, groups, tap))
             completions = engine.generate(_prompts()[:num_prompts], range(num_prompts))
             assert len(completions) == num_prompts
             mine = [completion.to_json() for completion in completions]

@@ -28,8 +28,8 @@ def _run_into_the_bad_row(rank: int, world_size: int, config_file) -> None:
     saved = []
 
     class WithoutModels(Trainer):
-        def connect_engine(self):
-            return None
+        def connect_rollout(self):
+            pass
 
         def save_finally(self):
             saved.append(self.loader.state_dict()["position"])
@@ -38,7 +38,7 @@ def _run_into_the_bad_row(rank: int, world_size: int, config_file) -> None:
     tokenizer = build_tokenizer(config)
     loader = build_prompts(config, tokenizer)
     records = SimpleNamespace(timers=Timers(), status=lambda *args: None, start=lambda iteration: None)
-    parts = dict.fromkeys(("student", "teacher", "teacher_head_VH", "host", "store"))
+    parts = dict.fromkeys(("student", "teacher", "teacher_head_VH", "rollout", "store"))
     trainer = WithoutModels(config, make_world(rank, world_size), tokenizer, loader, records=records, **parts)
     with pytest.raises(DataError, match=r"prompts\.jsonl:4: not JSON"):
         trainer.run(StopRequest(config.train.output_dir))

@@ -237,7 +237,7 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
     from megatron_gkd.checkpoint.hf import export_weights
     from megatron_gkd.checkpoint.peft import export_adapters
     from megatron_gkd.parallel.collectives import gather_json
-    from megatron_gkd.train.probe import trainer_log_probs
+    from megatron_gkd.rollout.weight_sync import trainer_log_probs
 
     allow_saving()
     _, (base, _, _) = _prepare(rank, world_size, config_file, "student.lora.rank=0")
@@ -271,12 +271,9 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
 
 
 def _push(rank: int, student, folder: Path) -> None:
-    from megatron_gkd.models.lora import merged_parameters
-    from megatron_gkd.rollout.sync import SharedWeightFile
+    from megatron_gkd.rollout.weight_sync import SharedWeightFile
 
-    parameters = merged_parameters(student.model)
-    file = SharedWeightFile(folder / "push", student.weights, parameters, student.groups, student.dtype, CPU)
-    pushed, _ = file.write(1)
+    pushed, _ = SharedWeightFile(folder / "push", student).write(1)
     if rank == 0:
         (pushed / "model.safetensors").rename(folder / "pushed.safetensors")
     dist.barrier()

@@ -20,7 +20,6 @@ from tests.support.tiny_models import write_tiny_model
 
 SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
 LENGTHS = ((4, 5), (2, 9), (6, 3), (3, 1))
-CPU = torch.device("cpu")
 LAYOUTS = [(2, TP2), (2, PP2), (2, DP), (2, TP2_SP), (4, TP2_PP2)]
 PROBE = [[5, 6, 7, 8, 9], [100, 101]]
 
@@ -118,17 +117,15 @@ def _prepare(rank: int, world_size: int, config_file: Path):
 
 
 def _weight_file(folder: Path, student, parameters=None):
-    from megatron_gkd.rollout.sync import SharedWeightFile
+    from megatron_gkd.rollout.weight_sync import SharedWeightFile
 
-    parameters = parameters or dict(student.model.named_parameters())
-    return SharedWeightFile(folder, student.weights, parameters, student.groups, student.dtype, CPU)
+    return SharedWeightFile(folder, student, parameters or dict(student.model.named_parameters()))
 
 
 def _pusher(file, student, *clients):
-    from megatron_gkd.rollout.sync import WeightPusher
-    from megatron_gkd.train.probe import trainer_log_probs
+    from megatron_gkd.rollout.weight_sync import WeightPusher
 
-    return WeightPusher(file, clients, lambda: (PROBE, trainer_log_probs(student, PROBE)), 2e-4, CPU)
+    return WeightPusher(student, file, clients, 2e-4)
 
 
 def _push_after_updates(rank: int, world_size: int, config_file: Path) -> None:
@@ -137,14 +134,14 @@ def _push_after_updates(rank: int, world_size: int, config_file: Path) -> None:
     config, parts, client = _prepare(rank, world_size, config_file)
     student, folder = parts[0], config_file.parent
     pusher = _pusher(_weight_file(folder / "push", student), student, client)
-    pusher.push(0)
+    pusher.push(0, PROBE)
     for version in (1, 2, 3):
         update(*parts, make_batch(version, LENGTHS), version, config)
-        pusher.push(version)
-    assert pusher.last.max_difference < 5e-5
-    assert pusher.last.num_probe_tokens == 5
+        report = pusher.push(version, PROBE)
+    assert report.max_difference < 5e-5
+    assert report.num_probe_tokens == 5
     file = folder / "push" / "slot_1" / "model.safetensors"
-    assert pusher.last.num_bytes == sum(w.nbytes for w in load_file(file).values())
+    assert report.num_bytes == sum(w.nbytes for w in load_file(file).values())
     if rank == 0:
         assert client.requests == [("slot_0", 0), ("slot_1", 1), ("slot_0", 2), ("slot_1", 3)]
         shutil.copyfile(file, folder / "pushed.safetensors")
@@ -153,33 +150,30 @@ def _push_after_updates(rank: int, world_size: int, config_file: Path) -> None:
     export_weights(
         student.model, folder / "exported.safetensors", student.shapes, student.groups, student.dtype
     )
-    if rank == 0:
-        pusher.close()
-        assert not (folder / "push").exists()
     leave()
 
 
 def _leave_a_layer_out(rank: int, world_size: int, config_file: Path) -> None:
-    from megatron_gkd.rollout.sync import WeightPushFailed
+    from megatron_gkd.rollout.weight_sync import WeightPushFailed
 
     _, (student, _, _), client = _prepare(rank, world_size, config_file)
     file = _weight_file(config_file.parent / "push", student)
     pusher = _pusher(file, student, client)
-    pusher.push(0)  # so that the layer's bytes of an earlier push lie in a file
-    pusher.push(1)
+    pusher.push(0, PROBE)  # so that the layer's bytes of an earlier push lie in a file
+    pusher.push(1, PROBE)
     client.requests.clear()
     if rank == world_size - 1:
         file._slices = [
             piece for piece in file._slices if not piece.parameter.startswith("decoder.layers.0.")
         ]
     with pytest.raises(WeightPushFailed, match=r"push of version 2: \d+ of \d+ bytes were written"):
-        pusher.push(2)
+        pusher.push(2, PROBE)
     assert client.requests == []
     leave()
 
 
 def _keep_a_stale_slice(rank: int, world_size: int, config_file: Path) -> None:
-    from megatron_gkd.rollout.sync import WeightPushFailed
+    from megatron_gkd.rollout.weight_sync import WeightPushFailed
 
     config, parts, client = _prepare(rank, world_size, config_file)
     student = parts[0]
@@ -188,18 +182,17 @@ def _keep_a_stale_slice(rank: int, world_size: int, config_file: Path) -> None:
         name = "decoder.layers.0.self_attention.linear_qkv.weight"
         parameters[name] = parameters[name].detach().clone()  # does not follow the updates
     pusher = _pusher(_weight_file(config_file.parent / "push", student, parameters), student, client)
-    pusher.push(0)
+    pusher.push(0, PROBE)
     update(*parts, make_batch(1, LENGTHS), 1, config)
     with pytest.raises(
         WeightPushFailed, match=r"differs from the trainer's by .* nats, more than rollout\.probe_tolerance"
     ):
-        pusher.push(1)
+        pusher.push(1, PROBE)
     leave()
 
 
 def _meet_bad_servers(rank: int, world_size: int, config_file: Path) -> None:
-    from megatron_gkd.rollout.sync import WeightPushFailed
-    from megatron_gkd.train.probe import trainer_log_probs
+    from megatron_gkd.rollout.weight_sync import WeightPushFailed, trainer_log_probs
 
     _, (student, _, _), _ = _prepare(rank, world_size, config_file)
 
@@ -227,32 +220,31 @@ def _meet_bad_servers(rank: int, world_size: int, config_file: Path) -> None:
     for message, clients in cases.items():
         pusher = _pusher(_weight_file(config_file.parent / "push", student), student, *clients)
         with pytest.raises(WeightPushFailed, match=message):
-            pusher.push(1)
-        assert pusher.last is None
-    _pusher(_weight_file(config_file.parent / "push", student), student, good, good).push(1)
+            pusher.push(1, PROBE)
+    _pusher(_weight_file(config_file.parent / "push", student), student, good, good).push(1, PROBE)
     leave()
 
 
 def _push_into_separate_folders(rank: int, world_size: int, config_file: Path, folder: Path) -> None:
-    from megatron_gkd.rollout.sync import WeightPushFailed
+    from megatron_gkd.rollout.weight_sync import WeightPushFailed
 
     _, (student, _, _), client = _prepare(rank, world_size, config_file)
     pusher = _pusher(_weight_file(folder / f"of_rank_{rank}", student), student, client)
     with pytest.raises(WeightPushFailed, match=r"not every rank sees .* all nodes share"):
-        pusher.push(0)
+        pusher.push(0, PROBE)
     if rank == 1:  # a file of an earlier push does not help
         shutil.copytree(folder / "of_rank_0", folder / "of_rank_1")
     dist.barrier()
     with pytest.raises(WeightPushFailed, match="not every rank sees"):
-        pusher.push(2)
+        pusher.push(2, PROBE)
     assert client.requests == []
     leave()
 
 
 def _push_into_a_file(rank: int, world_size: int, config_file: Path, blocked: Path) -> None:
-    from megatron_gkd.rollout.sync import WeightPushFailed
+    from megatron_gkd.rollout.weight_sync import WeightPushFailed
 
     _, (student, _, _), client = _prepare(rank, world_size, config_file)
     with pytest.raises(WeightPushFailed, match=r"cannot write the weights.*set rollout\.push_dir"):
-        _pusher(_weight_file(blocked, student), student, client).push(0)
+        _pusher(_weight_file(blocked, student), student, client).push(0, PROBE)
     leave()

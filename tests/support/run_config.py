@@ -62,10 +62,10 @@ def make_batch(seed: int, lengths: tuple[tuple[int, int], ...]) -> Batch:
 def make_world(rank: int, world_size: int) -> Any:
     import torch
 
+    from megatron_gkd.parallel.groups import Job
     from megatron_gkd.platform.device import Platform
-    from megatron_gkd.train.build import World
 
-    return World(Platform(torch.device("cpu"), "gloo", "test"), no_kernels(), rank, world_size)
+    return Job(Platform(torch.device("cpu"), "gloo", "test"), no_kernels(), rank, world_size)
 
 
 def build_parts(config: Any, world: Any) -> tuple[Any, Any, Any]:

@@ -227,7 +227,7 @@ def test_no_space_for_two_copies_of_the_weights(config, tmp_path, capsys, monkey
 
 
 def test_sglang_is_not_installed(config, capsys, monkeypatch):
-    monkeypatch.setattr("megatron_gkd.train.preconditions.find_spec", lambda name: None)
+    monkeypatch.setattr("megatron_gkd.rollout.sglang.find_spec", lambda name: None)
     words = ["rollout.kind=sglang", "not installed", "rollout.kind=megatron"]
     assert refusal(capsys, pretrain.main(["--config", str(config), COLOCATED]), words)
 

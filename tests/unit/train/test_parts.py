@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_gkd.data.sample import Batch, Sample
+from megatron_gkd.rollout.weight_sync import MAX_PROBE_SEQUENCES, MAX_PROBE_TOKENS, probe_sequences
 from megatron_gkd.teacher.signal import HiddenSignal
-from megatron_gkd.train.probe import MAX_SEQUENCES, MAX_TOKENS, probe_sequences
 from megatron_gkd.train.state import TrainState
 from megatron_gkd.train.step import attach_signals
 from megatron_gkd.train.validation import own_draws
@@ -55,8 +55,8 @@ def test_counters_survive_json_and_refuse_what_they_do_not_know():
 
 def test_probes_are_few_short_and_long_enough_to_be_scored():
     long = list(range(1000))
-    assert probe_sequences([[1], long, [], [3, 4], [5, 6]]) == [long[-MAX_TOKENS:], [3, 4]]
-    assert MAX_SEQUENCES == 2
+    assert probe_sequences([[1], long, [], [3, 4], [5, 6]]) == [long[-MAX_PROBE_TOKENS:], [3, 4]]
+    assert MAX_PROBE_SEQUENCES == 2
     assert probe_sequences([(7, 8)]) == [[7, 8]]
     assert probe_sequences([(7,), (8,)]) == [[7, 7], [8, 8]], "one token has nothing to predict"
 
