@@ -6,7 +6,7 @@ and what to change, so that all problems are reported together.
 
 from collections.abc import Iterator
 
-from megatron_gkd.config.base import ConfigError, all_keys, did_you_mean
+from megatron_gkd.config.base import ConfigError, all_keys, did_you_mean, sections_of
 from megatron_gkd.config.check_files import find_file_problems
 from megatron_gkd.config.schema import GkdConfig
 
@@ -40,7 +40,7 @@ def _section_problems(config: GkdConfig) -> Iterator[str]:
     yield from _metric_problems(config)
     yield from _share_problems(config)
     yield from _estimator_problems(config)
-    yield from _served_teacher_problems(config)
+    yield from _partial_teacher_problems(config)
 
 
 def _batch_problems(config: GkdConfig) -> Iterator[str]:
@@ -55,18 +55,19 @@ def _batch_problems(config: GkdConfig) -> Iterator[str]:
 
 
 def _embedded_engine_problems(config: GkdConfig) -> Iterator[str]:
-    if config.rollout.kind != "megatron":
+    if not config.rollout.uses_student_model:
         return
+    kind, others = f"rollout.kind={config.rollout.kind}", _kinds("rollout", uses_student_model=False)
     if config.student.parallel.sequence_parallel:
         yield (
-            "rollout.kind=megatron generates one token at a time, which student.parallel.sequence_parallel=true cannot split; "
-            "set it to false or use rollout.kind=sglang"
+            f"{kind} generates one token at a time, which student.parallel.sequence_parallel=true cannot split; "
+            f"set it to false or use {others}"
         )
     if (chunks := config.student.parallel.virtual_pipeline_model_parallel_size) > 1:
         yield (
-            "rollout.kind=megatron passes every token through the pipeline once, which "
+            f"{kind} passes every token through the pipeline once, which "
             f"student.parallel.virtual_pipeline_model_parallel_size={chunks} would repeat; "
-            "set it to 1 or use rollout.kind=sglang"
+            f"set it to 1 or use {others}"
         )
 
 
@@ -86,15 +87,16 @@ def _metric_problems(config: GkdConfig) -> Iterator[str]:
 
 
 def _share_problems(config: GkdConfig) -> Iterator[str]:
-    kind, sft_weight = config.teacher.kind, config.loss.sft_weight
-    if kind == "none" and sft_weight != 1:
+    teacher, sft_weight = config.teacher, config.loss.sft_weight
+    if not teacher.gives_signal and sft_weight != 1:
         yield (
-            f"loss.sft_weight={sft_weight} leaves a share to a divergence, but teacher.kind=none; set loss.sft_weight=1 or "
-            "give a teacher"
+            f"loss.sft_weight={sft_weight} leaves a share to a divergence, but teacher.kind={teacher.kind}; set "
+            "loss.sft_weight=1 or give a teacher"
         )
-    if kind != "none" and sft_weight == 1:
+    if teacher.gives_signal and sft_weight == 1:
         yield (
-            f"loss.sft_weight=1.0 leaves nothing for teacher.kind={kind}; set teacher.kind=none or lower loss.sft_weight"
+            f"loss.sft_weight=1.0 leaves nothing for teacher.kind={teacher.kind}; set "
+            f"{_kinds('teacher', gives_signal=False)} or lower loss.sft_weight"
         )
 
 
@@ -132,27 +134,28 @@ def _estimator_problems(config: GkdConfig) -> Iterator[str]:
         )
 
 
-def _served_teacher_problems(config: GkdConfig) -> Iterator[str]:
-    """Of losses that need more of the teacher than the top k of a server, at temperature 1."""
-    loss = config.loss
-    if config.teacher.kind != "server":
+def _partial_teacher_problems(config: GkdConfig) -> Iterator[str]:
+    """Losses that need the teacher's logits where it gives the log-probabilities of some entries at temperature 1."""
+    loss, teacher = config.loss, config.teacher
+    if not teacher.gives_signal or teacher.gives_full_distribution:
         return
+    kind, others = f"teacher.kind={teacher.kind}", _kinds("teacher", gives_full_distribution=True)
     if loss.support not in ("teacher_top_k", "token"):
         yield (
-            f"loss.support={loss.support} needs the teacher's whole distribution, and teacher.kind=server tells its top_k; set "
-            "loss.support=teacher_top_k or use teacher.kind=megatron"
+            f"loss.support={loss.support} needs the teacher's whole distribution, and {kind} gives its top_k; set "
+            f"loss.support=teacher_top_k or use {others}"
         )
     temperature = loss.temperature if loss.teacher_temperature is None else loss.teacher_temperature
     if temperature != 1:
         key = "temperature" if loss.teacher_temperature is None else "teacher_temperature"
         yield (
-            f"loss.{key}={temperature} would need the teacher's whole distribution, and teacher.kind=server tells its top_k at "
-            "temperature 1; set loss.teacher_temperature=1 or use teacher.kind=megatron"
+            f"loss.{key}={temperature} would need the teacher's whole distribution, and {kind} gives its top_k at "
+            f"temperature 1; set loss.teacher_temperature=1 or use {others}"
         )
     if loss.teacher_logit_scale != 1 or loss.teacher_logit_soft_cap is not None:
         yield (
             f"loss.teacher_logit_scale={loss.teacher_logit_scale} and loss.teacher_logit_soft_cap="
-            f"{loss.teacher_logit_soft_cap} change logits, which teacher.kind=server has turned into log-probabilities "
+            f"{loss.teacher_logit_soft_cap} change logits, which {kind} has turned into log-probabilities "
             "already; leave them out"
         )
 
@@ -191,3 +194,10 @@ def _interleaving_problems(config: GkdConfig, num_micro_batches: int) -> Iterato
             f"{num_micro_batches}; change train.global_batch_size or train.micro_batch_size so that they are a "
             f"multiple of {pp}"
         )
+
+
+def _kinds(section: str, **capability: bool) -> str:
+    """Kinds of a section with the given capability, as in "teacher.kind=megatron or teacher.kind=server"."""
+    [(name, value)] = capability.items()
+    kinds = sections_of(GkdConfig.model_fields[section])
+    return " or ".join(f"{section}.kind={kind}" for kind, cls in kinds.items() if getattr(cls, name) == value)

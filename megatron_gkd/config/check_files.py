@@ -15,31 +15,25 @@ from megatron_gkd.config.weight_files import find_checkpoint_problems, find_hf_p
 CHECKPOINT_BYTES_PER_PARAMETER = {"fp32": 4 + 4 + 4, "bf16": 2 + 4 + 4 + 4}
 
 
-def find_file_problems(config: GkdConfig) -> list[str]:
-    """Sentences on missing, damaged or unsuitable files; needs no world size."""
-    problems = list(_data_problems(config.data, config.evaluation))
+def find_file_problems(config: GkdConfig) -> Iterator[str]:
+    """Missing, damaged or unsuitable files, one sentence each; needs no world size."""
+    yield from _data_problems(config.data, config.evaluation)
     shapes: dict[str, HfShapes] = {}
     for name, model in config.models.items():
-        problems += _own_checkpoint_problems(config, name, model)
+        yield from _own_checkpoint_problems(config, name, model)
         try:
             shapes[name] = _load_shapes(name, model)
         except ConfigError as error:
-            problems.append(str(error))
+            yield str(error)
             continue
-        problems += _weight_problems(name, model)
-        problems += _layout_problems(name, model, shapes[name])
-        if name == "student":
-            problems += _chunk_problems(config, shapes[name])
-        problems += _length_problems(config, name, shapes[name])
-    if len(shapes) == 2:
-        problems += _vocabulary_problems(
-            config, shapes["student"], config.models["teacher"].hf_folder, shapes["teacher"].vocab_size
-        )
-    if "student" in shapes:
-        problems += _served_teacher_problems(config, shapes["student"])
-        problems += _server_problems(config, shapes["student"])
-        problems += _output_problems(config, shapes["student"])
-    return problems
+        yield from _weight_problems(name, model)
+        yield from _layout_problems(name, model, shapes[name])
+        yield from _length_problems(config, name, shapes[name])
+    if student := shapes.get("student"):
+        yield from _chunk_problems(config, student)
+        yield from _vocabulary_problems(config, student, shapes.get("teacher"))
+        yield from config.rollout.student_problems(student)
+        yield from _output_problems(config, student)
 
 
 def _data_problems(data: DataConfig, evaluation: EvaluationConfig) -> Iterator[str]:
@@ -142,44 +136,32 @@ def _length_problems(config: GkdConfig, name: str, shapes: HfShapes) -> Iterator
         )
 
 
-def _served_teacher_problems(config: GkdConfig, student: HfShapes) -> Iterator[str]:
-    """Of a teacher behind a port; it may be of any architecture, so only its vocabulary is read."""
-    teacher = config.teacher
-    if teacher.kind != "server":
-        return
-    try:
-        vocab_size = load_served_model(teacher.hf).vocab_size
-    except ConfigError as error:
-        yield f"teacher.hf={str(teacher.hf)!r}: {error}"
-        return
-    yield from _vocabulary_problems(config, student, teacher.hf, vocab_size)
-    if teacher.top_k > vocab_size:
-        yield f"teacher.top_k={teacher.top_k} is above the teacher's vocab_size={vocab_size}; lower it"
-
-
 def _vocabulary_problems(
-    config: GkdConfig, student: HfShapes, teacher_folder: Path, teacher_vocab_size: int
+    config: GkdConfig, student: HfShapes, teacher_shapes: HfShapes | None
 ) -> Iterator[str]:
-    if student.vocab_size == teacher_vocab_size:
+    """Of a teacher that is not on the ranks only the vocabulary is read: it may have any architecture."""
+    teacher, folder = config.teacher, config.teacher.hf_folder
+    if teacher_shapes is not None:
+        vocab_size = teacher_shapes.vocab_size
+    elif teacher.on_ranks or folder is None:
+        return  # its own problem is reported already, or there is no teacher
+    else:
+        try:
+            vocab_size = load_served_model(folder).vocab_size
+        except ConfigError as error:
+            yield f"teacher.hf={str(folder)!r}: {error}"
+            return
+    yield from teacher.vocabulary_problems(vocab_size)
+    if student.vocab_size == vocab_size:
         return
     num_ids = count_token_ids(config.student.hf_folder)
-    if num_ids is not None and num_ids <= student.vocab_size < teacher_vocab_size:
+    if num_ids is not None and num_ids <= student.vocab_size < vocab_size:
         return  # only rows without a token differ, as between the small and the large models of Qwen2.5
     yield (
         f"the student ({config.student.hf_folder}) has vocab_size={student.vocab_size} and the teacher "
-        f"({teacher_folder}) vocab_size={teacher_vocab_size}; both must use the same vocabulary, take models of one "
+        f"({folder}) vocab_size={vocab_size}; both must use the same vocabulary, take models of one "
         "family (a teacher may have more rows that are no token)"
     )
-
-
-def _server_problems(config: GkdConfig, student: HfShapes) -> Iterator[str]:
-    if config.rollout.kind == "sglang" and config.rollout.placement == "colocated":
-        tp = config.rollout.tensor_model_parallel_size
-        if student.num_attention_heads % tp:
-            yield (
-                f"rollout.tensor_model_parallel_size={tp} does not divide the student's "
-                f"{student.num_attention_heads} attention heads"
-            )
 
 
 def _output_problems(config: GkdConfig, student: HfShapes) -> Iterator[str]:

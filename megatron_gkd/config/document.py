@@ -54,7 +54,7 @@ def write_documents(root: Path) -> None:
         (root / file).write_text(text, encoding="utf-8")
 
 
-def _render_section(section: type[Config], depth: int) -> Iterator[str]:
+def _render_section(section: type[Config], depth: int, kind_text: str = "") -> Iterator[str]:
     indent = "  " * depth
     fields = sorted(section.model_fields.items(), key=lambda item: item[0] != "kind")
     for name, field in fields:
@@ -64,9 +64,10 @@ def _render_section(section: type[Config], depth: int) -> Iterator[str]:
                 yield ""
             yield from _comment(_summary(inner), indent)
             yield f"{indent}{name}:"
-            yield from _render_section(next(iter(inner.values())), depth + 1)
+            yield from _render_section(next(iter(inner.values())), depth + 1, _describe_kinds(inner))
             continue
-        yield from _comment(f"{_sentence(field)} [{_describe_type(field)}]", indent)
+        text = kind_text if name == "kind" else _sentence(field)
+        yield from _comment(f"{text} [{_describe_type(field)}]", indent)
         yield f"{indent}{name}: {_default_text(field)}".rstrip()
 
 
@@ -94,6 +95,14 @@ def _summary(sections: dict[str, type[Config]]) -> str:
     if len(sections) == 1:
         return (next(iter(sections.values())).__doc__ or "").strip()
     return " ".join(f"kind {kind}: {(section.__doc__ or '').strip()}" for kind, section in sections.items())
+
+
+def _describe_kinds(sections: dict[str, type[Config]]) -> str:
+    """The sentences of all kinds, such as "megatron: a model on the ranks; none: no teacher."."""
+    texts = {kind: _sentence(section.model_fields["kind"]) for kind, section in sections.items() if kind}
+    return (
+        "; ".join(f"{kind}: {text[:1].lower()}{text[1:].rstrip('.')}" for kind, text in texts.items()) + "."
+    )
 
 
 def _comment(text: str, indent: str) -> list[str]:

@@ -81,8 +81,10 @@ class GkdConfig(Config):
     @property
     def models(self) -> dict[str, ModelConfig]:
         """The models that run on the ranks of the job, by section."""
-        teacher = {"teacher": self.teacher} if isinstance(self.teacher, ModelConfig) else {}
-        return {"student": self.student, **teacher}
+        if not self.teacher.on_ranks:
+            return {"student": self.student}
+        assert isinstance(self.teacher, ModelConfig)
+        return {"student": self.student, "teacher": self.teacher}
 
     def to_yaml(self) -> str:
         """The complete tree with every default written out; ``load_config`` reads it back unchanged."""

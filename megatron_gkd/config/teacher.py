@@ -1,30 +1,56 @@
-"""The teacher section: a Megatron model on the student's ranks, an SGLang server behind a port, or none."""
+"""The teacher section: one class per kind; its capabilities are what checks and trainer read, never its name.
 
+A further kind is a class over ``BaseTeacherConfig`` and a line in ``TeacherConfig``.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Tag, field_validator
+from typing_extensions import override
 
 from megatron_gkd.config.base import Config, kind_discriminator
 from megatron_gkd.config.model import ModelConfig
 
 
-class MegatronTeacherConfig(ModelConfig):
-    """The model that is imitated; it runs forward only, in a layout of its own on the student's ranks."""
+class BaseTeacherConfig(Config):
+    """Capabilities of a kind of teacher, and its checks of its own keys."""
+
+    gives_signal: ClassVar[bool] = True
+    """It scores sequences; without, only the cross-entropy of the labels is trained."""
+    gives_full_distribution: ClassVar[bool] = False
+    """It gives logits over the whole vocabulary, not only log-probabilities of some entries at temperature 1."""
+    on_ranks: ClassVar[bool] = False
+    """It is a model on the ranks of the job; the section is then a ``ModelConfig``, too."""
+
+    @property
+    def hf_folder(self) -> Path | None:
+        """Folder with config.json and the tokenizer files; ``None`` without a model."""
+        return None
+
+    def vocabulary_problems(self, vocab_size: int) -> Iterator[str]:
+        """Keys of the section that do not fit the teacher's vocabulary, one sentence each."""
+        yield from ()
+
+
+class MegatronTeacherConfig(ModelConfig, BaseTeacherConfig):
+    """A Megatron model on the student's ranks, forward only, in a layout of its own."""
+
+    gives_full_distribution: ClassVar[bool] = True
+    on_ranks: ClassVar[bool] = True
 
     kind: Literal["megatron"] = "megatron"
-    """megatron: a model on the student's ranks, exact; server: an SGLang server that tells its top_k; none: no teacher, only
-    the cross-entropy of loss.sft_weight=1."""
+    """A model on the student's ranks, with its exact distribution."""
     micro_batch_size: int = Field(default=4, ge=1)
     """Sequences that the teacher scores in one forward pass."""
 
 
-class ServerTeacherConfig(Config):
-    """The model that is imitated is served by SGLang, started by launch/serve.py, and tells its most probable tokens."""
+class ServerTeacherConfig(BaseTeacherConfig):
+    """An SGLang server, started by launch/serve.py, that returns its most probable tokens."""
 
     kind: Literal["server"] = "server"
-    """megatron: a model on the student's ranks, exact; server: an SGLang server that tells its top_k; none: no teacher, only
-    the cross-entropy of loss.sft_weight=1."""
+    """An SGLang server that returns its top-k log-probabilities."""
     hf: Path
     """Folder with config.json and the tokenizer files of the served model; its weights are not read here."""
     server_ip: str = "127.0.0.1"
@@ -44,15 +70,20 @@ class ServerTeacherConfig(Config):
     """Times a request is repeated that could not connect or got an answer of 500 and above."""
 
     @property
+    @override
     def hf_folder(self) -> Path:
-        """Folder that holds config.json and the tokenizer files."""
         return self.hf
 
     @property
     def url(self) -> str:
-        """Where the server is."""
+        """Base URL of the server."""
         host = f"[{self.server_ip}]" if ":" in self.server_ip else self.server_ip
         return f"http://{host}:{self.server_port}"
+
+    @override
+    def vocabulary_problems(self, vocab_size: int) -> Iterator[str]:
+        if self.top_k > vocab_size:
+            yield f"teacher.top_k={self.top_k} is above the teacher's vocab_size={vocab_size}; lower it"
 
     @field_validator("server_ip")
     @classmethod
@@ -64,12 +95,13 @@ class ServerTeacherConfig(Config):
         return value
 
 
-class NoTeacherConfig(Config):
+class NoTeacherConfig(BaseTeacherConfig):
     """No teacher: supervised fine-tuning on the completions, with loss.sft_weight=1."""
 
+    gives_signal: ClassVar[bool] = False
+
     kind: Literal["none"] = "none"
-    """megatron: a model on the student's ranks, exact; server: an SGLang server that tells its top_k; none: no teacher, only
-    the cross-entropy of loss.sft_weight=1."""
+    """No teacher: only the cross-entropy of loss.sft_weight=1 is trained."""
 
 
 TeacherConfig = Annotated[

@@ -54,7 +54,11 @@ def with_backend_of(config: GkdConfig, student: ShardedModel, device: torch.devi
 
 def _choose_on_cpu(config: GkdConfig, tp_size: int, dp_size: int, vocab_size: int) -> Choice:
     loss = config.loss
-    if config.teacher.kind != "megatron" or loss.support != "full" or loss.divergence == "adaptive_kl":
+    if (
+        not config.teacher.gives_full_distribution
+        or loss.support != "full"
+        or loss.divergence == "adaptive_kl"
+    ):
         return Choice(
             "eager", "only divergences on the whole vocabulary have another one, and adaptive_kl has none"
         )

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.hf_shapes import load_hf_shapes
-from megatron_gkd.config.teacher import NoTeacherConfig
 from megatron_gkd.data.custom import load_chat_template, load_dataset_class
 from megatron_gkd.data.prompts import RowPolicy, load_prompts
 from megatron_gkd.data.row_files import RowFile, open_row_files
@@ -34,8 +33,8 @@ def build_tokenizer(config: GkdConfig) -> Tokenizer:
             f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} ids, but the student ({folder}) only {num_rows} "
             "rows of its vocabulary; set data.tokenizer to the student's own"
         )
-    if not isinstance(config.teacher, NoTeacherConfig):
-        require_same_vocabulary(tokenizer, load_tokenizer(config.teacher.hf_folder))
+    if (teacher_folder := config.teacher.hf_folder) is not None:
+        require_same_vocabulary(tokenizer, load_tokenizer(teacher_folder))
     return tokenizer
 
 
