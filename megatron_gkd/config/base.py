@@ -2,12 +2,30 @@
 
 import difflib
 from collections.abc import Iterable, Iterator
+from enum import IntEnum
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+T = TypeVar("T")
+
+
+class OnResume(IntEnum):
+    """Whether the value of a key may differ from that in the checkpoint which a run resumes."""
+
+    FREE = 0
+    """It may: the key decides where, how fast or how long something is computed, or what is recorded."""
+    BY_NAME = 1
+    """Only if checkpoint.allow_changes names it. The rule of keys without a marker: nothing changes by accident."""
+    FIXED = 2
+    """It may not: the key decides what the optimizer's state is or how it is stored."""
+
+
+Free = Annotated[T, OnResume.FREE]
+Fixed = Annotated[T, OnResume.FIXED]
 
 
 class ConfigError(ValueError):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from megatron_gkd.config.base import Config
+from megatron_gkd.config.base import Config, Free
 
 
 def _as_list(value: Any) -> Any:
@@ -50,7 +50,7 @@ class DataConfig(Config):
     decides. Completions are never cut."""
     overlong_prompts: Literal["drop", "error"] = "drop"
     """drop: longer prompts are counted and left out; error: they stop the run."""
-    max_bad_rows: int = Field(default=0, ge=0)
+    max_bad_rows: Free[int] = Field(default=0, ge=0)
     """Unreadable rows of a pass that are reported and left out before the run stops."""
     shuffle: bool = True
     """Draw the prompts of every pass in a new random order."""

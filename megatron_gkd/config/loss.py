@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_gkd.config.base import Config
+from megatron_gkd.config.base import Config, Free
 
 Divergence = Literal[
     "forward_kl",
@@ -65,15 +65,15 @@ class LossConfig(Config):
     sft_weight: float = Field(default=0.0, ge=0, le=1)
     """Share of the cross-entropy of the completion tokens: (1 - sft_weight) * divergence + sft_weight * cross-entropy.
     1 goes with teacher.kind=none."""
-    tokens_per_chunk: int | None = Field(default=None, ge=1)
+    tokens_per_chunk: Free[int | None] = Field(default=None, ge=1)
     """Tokens of a chunk, of which logits exist at the same time (of two chunks where tensor parallelism lets the collectives
     of one run beside the products of the next); smaller saves memory. Null: as many as make 16 M logits on a rank, between
     256 and 2048."""
-    backend: Backend = "auto"
+    backend: Free[Backend] = "auto"
     """What computes the passes over the logits with support=full: eager, plain torch; compiled, the same fused by
     torch.compile, faster on a CPU with a C++ compiler, but compiling takes some 30 s once; triton, kernels for a GPU. auto:
     what suits the device and the length of the run, logged with the reason."""
-    rows_per_pass: int | None = Field(default=None, ge=1)
+    rows_per_pass: Free[int | None] = Field(default=None, ge=1)
     """Rows of one elementwise pass over a chunk, for eager and compiled; null: what stays in a CPU's cache, from the shapes."""
     certify: bool = True
     """Compare value and gradients of this loss with float64 on a small problem before training, and refuse to train if

@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from megatron_gkd.config.base import Config
+from megatron_gkd.config.base import Config, Free
 
 
 class ParallelConfig(Config):
@@ -43,7 +43,7 @@ class ModelConfig(Config):
     checkpoint: Path | None = None
     """Folder written by tools/convert_hf_to_megatron.py, or a training checkpoint iter_<n>. Give either this
     or hf."""
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: Free[ParallelConfig] = ParallelConfig()
 
     @property
     def hf_folder(self) -> Path:

@@ -5,13 +5,13 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_gkd.config.base import Config, Patterns
+from megatron_gkd.config.base import Config, Fixed, Free, Patterns
 
 
 class OptimConfig(Config):
     """Optimizer and its learning-rate schedule."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Fixed[Literal["adam", "sgd"]] = "adam"
     """adam: AdamW, with decoupled weight decay; sgd: with momentum (not Nesterov's), weight decay as part of the
     gradient."""
     lr: float = Field(default=1e-5, gt=0)
@@ -46,10 +46,10 @@ class OptimConfig(Config):
     """Share of the last step that optimizer=sgd keeps; 0: none."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; longer gradients are scaled down. 0: no clipping."""
-    use_distributed_optimizer: bool = False
+    use_distributed_optimizer: Fixed[bool] = False
     """Split the optimizer's state over the copies of the student (data-parallel ranks), to save memory; for
     optimizer=adam."""
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: Free[bool] = False
     """Sum gradients over the copies of the student while the backward pass still runs."""
 
     def num_warmup_iters(self, train_iters: int) -> int:

@@ -1,7 +1,7 @@
 """A resumed run against the configuration that its checkpoint was written with: what differs, and may it?
 
-Every key that changes what is computed has to be allowed by name (``checkpoint.allow_changes``), so that nothing changes
-by accident; so does every key that this file does not know. Needs no torch: a run is refused before anything starts.
+Every key that changes what is computed has to be allowed by name (``checkpoint.allow_changes``), unless its marker in the section
+(``Free``, ``Fixed``) says otherwise. Needs no torch: a run is refused before anything starts.
 """
 
 import json
@@ -10,61 +10,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_gkd.config.base import ConfigError
+from pydantic.fields import FieldInfo
+
+from megatron_gkd.config.base import Config, ConfigError, OnResume, sections_of
 from megatron_gkd.config.schema import GkdConfig
 
 STATE_FILE = "state.json"
 """File of a checkpoint that holds the configuration, under the key ``config``."""
-
-FREE = (
-    "student.parallel",
-    "student.make_vocab_size_divisible_by",
-    "teacher.parallel",
-    "student.recompute",
-    "teacher.micro_batch_size",
-    "teacher.server_ip",
-    "teacher.server_port",
-    "teacher.api_key_env",
-    "teacher.requests_in_flight",
-    "teacher.request_timeout_s",
-    "teacher.max_retries",
-    "rollout.placement",
-    "rollout.urls",
-    "rollout.api_key_env",
-    "rollout.tensor_model_parallel_size",
-    "rollout.start_timeout_s",
-    "rollout.request_timeout_s",
-    "rollout.max_retries",
-    "rollout.push_dir",
-    "rollout.probe_tolerance",
-    "rollout.mem_fraction_static",
-    "rollout.num_threads",
-    "rollout.on_engine_failure",
-    "loss.tokens_per_chunk",
-    "loss.backend",
-    "loss.rows_per_pass",
-    "optim.overlap_grad_reduce",
-    "data.max_bad_rows",
-    "train.train_iters",
-    "train.epochs",
-    "train.micro_batch_size",
-    "train.output_dir",
-    "train.max_skipped_updates",
-    "evaluation",
-    "checkpoint",
-    "runtime",
-    "logging",
-)
-"""Sections and keys that say where and how fast something is computed, how long, or what is recorded."""
-
-FIXED = (
-    "optim.optimizer",
-    "optim.use_distributed_optimizer",
-    "student.freeze",
-    "student.lora",
-    "train.precision",
-)
-"""Keys that decide what the optimizer's state is and how it is stored."""
 
 
 class Change(NamedTuple):
@@ -81,6 +33,21 @@ class Change(NamedTuple):
 def is_named(key: str, names: Iterable[str]) -> bool:
     """Whether ``key`` is one of ``names`` or lies in a section of that name."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def rule_of(key: str) -> OnResume:
+    """The rule of a dotted key: its own marker, else that of the innermost marked section around it.
+
+    A key that several kinds of a section have follows the strictest of them; a key that the schema no longer has
+    follows its section.
+    """
+    rule = OnResume.BY_NAME
+    sections: list[type[Config]] = [GkdConfig]
+    for part in key.split("."):
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        rule = max((_marker(field, default=rule) for field in fields), default=rule)
+        sections = [section for field in fields for section in sections_of(field).values()]
+    return rule
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:
@@ -110,19 +77,24 @@ def permitted_changes(folder: Path, config: GkdConfig) -> list[Change]:
     """
     stored = json.loads((folder / STATE_FILE).read_text())["config"]
     changes = list(_changes(stored, config.model_dump(mode="json")))
-    if fixed := [change for change in changes if is_named(change.key, FIXED)]:
+    if fixed := [change for change in changes if rule_of(change.key) is OnResume.FIXED]:
         raise ConfigError(
             f"{folder} cannot be continued with {_join(fixed)}: the optimizer's state would be another. Set it back, or "
             f"start a new run from these weights: student.hf=null student.checkpoint={folder} and another train.output_dir"
         )
-    allowed = (*FREE, *config.checkpoint.allow_changes)
-    if refused := [change for change in changes if not is_named(change.key, allowed)]:
-        names = [*config.checkpoint.allow_changes, *(change.key for change in refused)]
+    allowed = config.checkpoint.allow_changes
+    by_name = [change for change in changes if rule_of(change.key) is OnResume.BY_NAME]
+    if refused := [change for change in by_name if not is_named(change.key, allowed)]:
+        names = [*allowed, *(change.key for change in refused)]
         raise ConfigError(
             f"{folder} was written with another configuration; set back {_join(refused)}, "
             f"or allow it with checkpoint.allow_changes=[{','.join(names)}]"
         )
     return changes
+
+
+def _marker(field: FieldInfo, *, default: OnResume) -> OnResume:
+    return next((mark for mark in field.metadata if isinstance(mark, OnResume)), default)
 
 
 def _join(changes: list[Change]) -> str:

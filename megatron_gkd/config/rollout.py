@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, Tag, field_validator, model_validator
 from typing_extensions import override
 
-from megatron_gkd.config.base import Config, kind_discriminator
+from megatron_gkd.config.base import Config, Free, kind_discriminator
 from megatron_gkd.config.hf_shapes import HfShapes
 
 _OF_COLOCATED_SERVERS = (
@@ -82,33 +82,33 @@ class SglangRolloutConfig(BaseRolloutConfig):
 
     kind: Literal["sglang"] = "sglang"
     """An SGLang server generates."""
-    placement: Literal["colocated", "external"] = "colocated"
+    placement: Free[Literal["colocated", "external"]] = "colocated"
     """colocated: the job starts and stops the server; external: servers that already run at urls."""
-    urls: tuple[str, ...] = ()
+    urls: Free[tuple[str, ...]] = ()
     """Addresses of external servers, such as http://10.0.0.5:30000; needed for placement external, refused
     otherwise."""
-    api_key_env: str | None = None
+    api_key_env: Free[str | None] = None
     """Name of the environment variable with the key that external servers demand; servers that other machines reach
     must have one."""
-    tensor_model_parallel_size: int = Field(default=1, ge=1)
+    tensor_model_parallel_size: Free[int] = Field(default=1, ge=1)
     """Tensor-parallel size of a colocated server; independent of the student's."""
-    start_timeout_s: float = Field(default=300.0, gt=0)
+    start_timeout_s: Free[float] = Field(default=300.0, gt=0)
     """Seconds a colocated server may take until it answers."""
-    request_timeout_s: float = Field(default=600.0, gt=0)
+    request_timeout_s: Free[float] = Field(default=600.0, gt=0)
     """Seconds one request may take before it counts as failed."""
-    max_retries: int = Field(default=2, ge=0)
+    max_retries: Free[int] = Field(default=2, ge=0)
     """Times a failed generation request is repeated before the engine counts as failed."""
-    push_dir: Path | None = None
+    push_dir: Free[Path | None] = None
     """Folder through which weights reach the server; null: /dev/shm where it exists, else
     train.output_dir."""
-    probe_tolerance: float | None = Field(default=None, gt=0)
+    probe_tolerance: Free[float | None] = Field(default=None, gt=0)
     """Largest difference in log-probability (nats) between server and trainer after a weight push; null: 2e-4
     for fp32, 5e-2 for bf16."""
-    mem_fraction_static: float = Field(default=0.4, gt=0, lt=1)
+    mem_fraction_static: Free[float] = Field(default=0.4, gt=0, lt=1)
     """Share of the device memory that a colocated server takes for weights and KV cache."""
-    num_threads: int | None = Field(default=None, ge=1)
+    num_threads: Free[int | None] = Field(default=None, ge=1)
     """CPU threads of a colocated server; null: all cores."""
-    on_engine_failure: Literal["stop"] = "stop"
+    on_engine_failure: Free[Literal["stop"]] = "stop"
     """stop: save a checkpoint and end the run when the server fails."""
 
     @property

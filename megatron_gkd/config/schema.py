@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_gkd.config.base import Config, ConfigError
+from megatron_gkd.config.base import Config, ConfigError, Free
 from megatron_gkd.config.checkpoint import CheckpointConfig
 from megatron_gkd.config.data import DataConfig
 from megatron_gkd.config.evaluation import EvaluationConfig
@@ -34,10 +34,10 @@ class GkdConfig(Config):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
-    runtime: RuntimeConfig = RuntimeConfig()
+    evaluation: Free[EvaluationConfig] = EvaluationConfig()
+    checkpoint: Free[CheckpointConfig] = CheckpointConfig()
+    logging: Free[LoggingConfig] = LoggingConfig()
+    runtime: Free[RuntimeConfig] = RuntimeConfig()
 
     @property
     def seq_length(self) -> int:

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_gkd.config.base import Config, Patterns
+from megatron_gkd.config.base import Config, Fixed, Free, Patterns
 from megatron_gkd.config.model import ModelConfig, ParallelConfig
 
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -64,17 +64,17 @@ class LoraConfig(Config):
 class StudentConfig(ModelConfig):
     """The model that learns."""
 
-    parallel: StudentParallelConfig = StudentParallelConfig()
-    recompute: RecomputeConfig = RecomputeConfig()
-    make_vocab_size_divisible_by: int = Field(default=1, ge=1)
+    parallel: Free[StudentParallelConfig] = StudentParallelConfig()
+    recompute: Free[RecomputeConfig] = RecomputeConfig()
+    make_vocab_size_divisible_by: Free[int] = Field(default=1, ge=1)
     """The vocabulary is padded to a multiple of this times the tensor-parallel size; the padding takes no
     part in the loss."""
-    freeze: Patterns = ()
+    freeze: Fixed[Patterns] = ()
     """Glob patterns of weights that are not trained, such as model.embed_tokens.weight or decoder.layers.[0-7].*, on
     Hugging Face or Megatron names with the layer's number in the whole model. Patterns that match nothing, or a part of
     what Megatron keeps in one parameter (q, k and v; gate and up), are refused."""
 
-    lora: LoraConfig = LoraConfig()
+    lora: Fixed[LoraConfig] = LoraConfig()
 
     @model_validator(mode="after")
     def _freeze_or_lora(self) -> Self:

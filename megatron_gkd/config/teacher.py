@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, Tag, field_validator
 from typing_extensions import override
 
-from megatron_gkd.config.base import Config, kind_discriminator
+from megatron_gkd.config.base import Config, Free, kind_discriminator
 from megatron_gkd.config.model import ModelConfig
 
 
@@ -42,7 +42,7 @@ class MegatronTeacherConfig(ModelConfig, BaseTeacherConfig):
 
     kind: Literal["megatron"] = "megatron"
     """A model on the student's ranks, with its exact distribution."""
-    micro_batch_size: int = Field(default=4, ge=1)
+    micro_batch_size: Free[int] = Field(default=4, ge=1)
     """Sequences that the teacher scores in one forward pass."""
 
 
@@ -53,20 +53,20 @@ class ServerTeacherConfig(BaseTeacherConfig):
     """An SGLang server that returns its top-k log-probabilities."""
     hf: Path
     """Folder with config.json and the tokenizer files of the served model; its weights are not read here."""
-    server_ip: str = "127.0.0.1"
+    server_ip: Free[str] = "127.0.0.1"
     """Address or name of the machine that the server runs on; launch/slurm/heterogeneous.sbatch fills it in."""
-    server_port: int = Field(default=30000, ge=1, le=65535)
+    server_port: Free[int] = Field(default=30000, ge=1, le=65535)
     """Port that the server listens on."""
-    api_key_env: str | None = None
+    api_key_env: Free[str | None] = None
     """Environment variable that holds the server's API key; null: the server demands none."""
     top_k: int = Field(default=64, ge=1)
     """Most probable tokens that the server tells at every position, with their log-probabilities; goes with
     loss.support=teacher_top_k, where loss.top_k has no say."""
-    requests_in_flight: int = Field(default=8, ge=1)
+    requests_in_flight: Free[int] = Field(default=8, ge=1)
     """Sequences that each copy of the student asks about at the same time."""
-    request_timeout_s: float = Field(default=600.0, gt=0)
+    request_timeout_s: Free[float] = Field(default=600.0, gt=0)
     """Seconds one request, which is about one sequence, may take before the teacher counts as failed."""
-    max_retries: int = Field(default=2, ge=0)
+    max_retries: Free[int] = Field(default=2, ge=0)
     """Times a request is repeated that could not connect or got an answer of 500 and above."""
 
     @property

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_gkd.config.base import Config
+from megatron_gkd.config.base import Config, Fixed, Free
 
 
 class GkdSection(Config):
@@ -19,21 +19,21 @@ class GkdSection(Config):
 class TrainConfig(Config):
     """Length, batch and place of the run."""
 
-    train_iters: int = Field(default=0, ge=0)
+    train_iters: Free[int] = Field(default=0, ge=0)
     """Optimizer steps of the whole run, including those before a resume. Give either this or epochs; 0: epochs."""
-    epochs: float = Field(default=0.0, ge=0)
+    epochs: Free[float] = Field(default=0.0, ge=0)
     """Passes over the prompts, rounded up to whole iterations; 0: train_iters counts."""
     global_batch_size: int = Field(ge=1)
     """Sequences per iteration over all ranks."""
-    micro_batch_size: int = Field(default=1, ge=1)
+    micro_batch_size: Free[int] = Field(default=1, ge=1)
     """Sequences in one forward and backward pass of the student on one rank."""
     seed: int = Field(default=1234, ge=0)
     """Seed of data order, on-policy choice, sampling and weight initialisation."""
-    output_dir: Path
+    output_dir: Free[Path]
     """Everything the run writes lies under this folder."""
-    max_skipped_updates: int = Field(default=3, ge=0)
+    max_skipped_updates: Free[int] = Field(default=3, ge=0)
     """Updates in a row that may be skipped because a gradient was not finite; one more ends the run."""
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Fixed[Literal["fp32", "bf16"]] = "bf16"
     """Number format of weights and activations; the optimizer keeps fp32 in either case."""
 
     @model_validator(mode="after")

@@ -8,8 +8,56 @@ import pytest
 import yaml
 
 from megatron_gkd.config import ConfigError, GkdConfig, load_config
-from megatron_gkd.config.base import all_keys
-from megatron_gkd.config.resume import FIXED, FREE, check_resume, permitted_changes
+from megatron_gkd.config.base import OnResume, all_keys
+from megatron_gkd.config.resume import check_resume, is_named, permitted_changes, rule_of
+
+FREE = (
+    "student.parallel",
+    "student.make_vocab_size_divisible_by",
+    "teacher.parallel",
+    "student.recompute",
+    "teacher.micro_batch_size",
+    "teacher.server_ip",
+    "teacher.server_port",
+    "teacher.api_key_env",
+    "teacher.requests_in_flight",
+    "teacher.request_timeout_s",
+    "teacher.max_retries",
+    "rollout.placement",
+    "rollout.urls",
+    "rollout.api_key_env",
+    "rollout.tensor_model_parallel_size",
+    "rollout.start_timeout_s",
+    "rollout.request_timeout_s",
+    "rollout.max_retries",
+    "rollout.push_dir",
+    "rollout.probe_tolerance",
+    "rollout.mem_fraction_static",
+    "rollout.num_threads",
+    "rollout.on_engine_failure",
+    "loss.tokens_per_chunk",
+    "loss.backend",
+    "loss.rows_per_pass",
+    "optim.overlap_grad_reduce",
+    "data.max_bad_rows",
+    "train.train_iters",
+    "train.epochs",
+    "train.micro_batch_size",
+    "train.output_dir",
+    "train.max_skipped_updates",
+    "evaluation",
+    "checkpoint",
+    "runtime",
+    "logging",
+)
+
+FIXED = (
+    "optim.optimizer",
+    "optim.use_distributed_optimizer",
+    "student.freeze",
+    "student.lora",
+    "train.precision",
+)
 
 
 @pytest.fixture
@@ -123,6 +171,30 @@ def test_a_name_that_is_no_key_is_refused_with_the_nearest(run):
 
 def test_every_name_in_the_lists_is_a_key():
     assert {*FREE, *FIXED} <= set(all_keys(GkdConfig))
+
+
+def test_every_key_has_the_rule_that_was_decided_for_it():
+    """A key that is in neither list must be named to change."""
+    keys = [key for key in all_keys(GkdConfig) if not _is_section(key)]
+    assert {key for key in keys if rule_of(key) is OnResume.FREE} == {k for k in keys if is_named(k, FREE)}
+    assert {key for key in keys if rule_of(key) is OnResume.FIXED} == {k for k in keys if is_named(k, FIXED)}
+
+
+@pytest.mark.parametrize(
+    ("key", "rule"),
+    [
+        ("runtime.env_vars.NCCL_DEBUG", OnResume.FREE),
+        ("logging.a_key_that_was_removed", OnResume.FREE),
+        ("loss.a_key_that_was_removed", OnResume.BY_NAME),
+        ("a_section_that_was_removed.key", OnResume.BY_NAME),
+    ],
+)
+def test_a_key_outside_the_schema_has_the_rule_of_its_section(key, rule):
+    assert rule_of(key) is rule
+
+
+def _is_section(key: str) -> bool:
+    return any(other.startswith(f"{key}.") for other in all_keys(GkdConfig))
 
 
 def _folder(config: GkdConfig, iteration: int) -> Path:
