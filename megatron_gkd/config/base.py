@@ -1,4 +1,4 @@
-"""Base class and helpers of all sections, and the error that a wrong configuration raises."""
+"""Base class of all sections, markers of their keys, and the error of an invalid configuration."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 class OnResume(IntEnum):
-    """Whether the value of a key may differ from that in the checkpoint which a run resumes."""
+    """Whether a key may change between a checkpoint and the run that resumes it."""
 
     FREE = 0
-    """It may: the key decides where, how fast or how long something is computed, or what is recorded."""
+    """Always: the key sets where, how fast or how long the run computes, or what it records."""
     BY_NAME = 1
-    """Only if checkpoint.allow_changes names it. The rule of keys without a marker: nothing changes by accident."""
+    """Only if checkpoint.allow_changes names it. Default, so that no result changes by accident."""
     FIXED = 2
-    """It may not: the key decides what the optimizer's state is or how it is stored."""
+    """Never: the key sets the contents or the format of the optimizer state."""
 
 
 Free = Annotated[T, OnResume.FREE]
@@ -29,17 +29,17 @@ Fixed = Annotated[T, OnResume.FIXED]
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message names every wrong key, its value and what to change."""
+    """Invalid configuration; the message names every wrong key, its value and the fix."""
 
     @classmethod
     def listing(cls, source: str, problems: Iterable[str]) -> Self:
-        """One error for all ``problems`` found in ``source``, one per line."""
+        """One error that lists all ``problems`` of ``source``, one per line."""
         lines = [f"  {problem}" for problem in problems]
         return cls(f"{len(lines)} problem{'s' if len(lines) > 1 else ''} in {source}:\n" + "\n".join(lines))
 
 
 class Config(BaseModel):
-    """Base of every section: unknown keys are errors, values do not change after loading."""
+    """Base of every section: frozen after loading; unknown keys are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -48,7 +48,7 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_surprising_conversions(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic would read ``seed: true`` as 1 and an empty path as the current folder."""
+        # pydantic reads `seed: true` as 1 and an empty path as the current folder
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and annotation is not bool:
             raise ValueError("true and false are not accepted here")
@@ -58,7 +58,10 @@ class Config(BaseModel):
 
 
 def sections_of(field: FieldInfo) -> dict[str, type[Config]]:
-    """Sections that ``field`` can hold, by kind; one without alternatives has the kind "", a value has none."""
+    """The section classes of ``field`` by kind.
+
+    A section without alternatives has the kind ""; the dictionary is empty for a plain value.
+    """
     sections = [section for section in _types_of(field.annotation) if issubclass(section, Config)]
     if len(sections) == 1:
         return {"": sections[0]}
@@ -66,7 +69,10 @@ def sections_of(field: FieldInfo) -> dict[str, type[Config]]:
 
 
 def kind_discriminator(default: str) -> Discriminator:
-    """Chooses the alternative of a section by its key ``kind``; ``default`` if it has none."""
+    """Discriminator of a union of sections by ``kind``, which may be left out for ``default``.
+
+    Pydantic's own ``Field(discriminator="kind")`` requires the key.
+    """
 
     def kind_of(value: Any) -> str | None:
         kind = value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", None)
@@ -76,7 +82,7 @@ def kind_discriminator(default: str) -> Discriminator:
 
 
 def all_keys(schema: type[Config], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all sections and keys."""
+    """Dotted names of all sections and keys; a key of several kinds once."""
     seen: set[str] = set()
     for name, field in schema.model_fields.items():
         yield prefix + name
@@ -87,7 +93,7 @@ def all_keys(schema: type[Config], prefix: str = "") -> Iterator[str]:
 
 
 def did_you_mean(given: Any, known: list[str]) -> str:
-    """The nearest of the known names as the end of a sentence; empty if none is near."""
+    """A suggestion to append to a message, or an empty text if no known name is similar."""
     near = difflib.get_close_matches(str(given), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -99,11 +105,11 @@ def _require_text(patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Patterns = Annotated[tuple[str, ...], AfterValidator(_require_text)]
-"""Glob patterns of weight names."""
+"""Glob patterns of weight names, none of them empty."""
 
 
 def _types_of(annotation: Any) -> Iterator[type]:
-    """The classes in an annotation, through unions and ``Annotated``."""
+    """Classes in an annotation, inside unions and ``Annotated``."""
     if get_origin(annotation) is Annotated:
         yield from _types_of(get_args(annotation)[0])
     elif get_origin(annotation) in (Union, UnionType):

@@ -1,7 +1,7 @@
-"""Checks between sections, with the files they name, and with the number of ranks.
+"""Checks between sections, against files, and against the number of ranks.
 
-A rule of one section is a validator of that section. Every rule here yields sentences that name the keys, their values
-and what to change, so that all problems are reported together.
+Rules within a section are validators of that section. Each rule here yields messages with keys, values and the fix, so
+that all problems are reported together.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from megatron_gkd.config.schema import GkdConfig
 
 
 def check_config(config: GkdConfig) -> None:
-    """Check rules between sections and against the files they name; ``load_config`` calls it.
+    """Check the sections against each other and against files; ``load_config`` calls it.
 
     Raises:
         ConfigError: Lists all problems.
@@ -24,7 +24,7 @@ def check_config(config: GkdConfig) -> None:
 def check_world(config: GkdConfig, world_size: int) -> None:
     """Check the layouts and the batch against the number of ranks.
 
-    Called before any process group exists: a rank that raises then leaves no other rank in a collective.
+    Call it before any process group exists, so that no rank waits in a collective for one that raised.
 
     Raises:
         ConfigError: Lists all problems.
@@ -81,7 +81,7 @@ def _unknown_key_problems(config: GkdConfig) -> Iterator[str]:
 def _metric_problems(config: GkdConfig) -> Iterator[str]:
     if config.checkpoint.keep_best_metric == "validation/loss" and not config.evaluation.files:
         yield (
-            "checkpoint.keep_best_metric=validation/loss needs evaluation.files, or nothing measures it; give files, or "
+            "checkpoint.keep_best_metric=validation/loss needs evaluation.files, or nothing measures it; give files or "
             "set checkpoint.keep_best_metric=loss"
         )
 
@@ -101,41 +101,40 @@ def _share_problems(config: GkdConfig) -> Iterator[str]:
 
 
 def _estimator_problems(config: GkdConfig) -> Iterator[str]:
-    """Of losses whose mean is right only over tokens drawn from the distribution that they are computed with."""
+    """Estimators are unbiased only for tokens drawn from the distribution that the loss is computed with."""
     loss, rollout = config.loss, config.rollout
     if loss.support != "token":
         return
     if config.gkd.lmbda < 1:
         yield (
-            f"loss.support=token estimates from tokens that the student wrote, but gkd.lmbda={config.gkd.lmbda} takes some "
-            "from data; set gkd.lmbda=1"
+            f"loss.support=token needs completions of the student, but gkd.lmbda={config.gkd.lmbda} takes some from data; "
+            "set gkd.lmbda=1"
         )
     if rollout.temperature != loss.temperature:
         yield (
-            f"loss.support=token estimates from tokens drawn at loss.temperature={loss.temperature}, but rollout.temperature="
+            f"loss.support=token needs tokens drawn at loss.temperature={loss.temperature}, but rollout.temperature="
             f"{rollout.temperature} draws others; set rollout.temperature={loss.temperature}"
         )
     for key, value, off in (("top_p", rollout.top_p, 1), ("top_k", rollout.top_k, -1)):
         if value != off:
             yield (
-                f"loss.support=token estimates from tokens of the student's whole distribution, but rollout.{key}={value} "
+                f"loss.support=token needs tokens of the student's whole distribution, but rollout.{key}={value} "
                 f"draws from a part of it; set rollout.{key}={off}"
             )
     if loss.estimator == "k1" and not loss.policy_gradient:
         yield (
-            "loss.estimator=k1 with loss.policy_gradient=false has a gradient whose mean is 0: it teaches nothing; set "
+            "loss.estimator=k1 with loss.policy_gradient=false has a gradient with mean 0, which trains nothing; set "
             "loss.policy_gradient=true, or loss.estimator=k2 or k3"
         )
     if config.evaluation.files:
         yield (
-            f"loss.support=token estimates from tokens that the student wrote, but evaluation.files="
-            f"{[str(file) for file in config.evaluation.files]} holds those of others, on which it means nothing; set "
-            "evaluation.files=[]"
+            f"loss.support=token needs completions of the student, but evaluation.files="
+            f"{[str(file) for file in config.evaluation.files]} holds those of others; set evaluation.files=[]"
         )
 
 
 def _partial_teacher_problems(config: GkdConfig) -> Iterator[str]:
-    """Losses that need the teacher's logits where it gives the log-probabilities of some entries at temperature 1."""
+    """Losses that need logits from a teacher that gives log-probabilities of some entries at temperature 1."""
     loss, teacher = config.loss, config.teacher
     if not teacher.gives_signal or teacher.gives_full_distribution:
         return
@@ -155,13 +154,13 @@ def _partial_teacher_problems(config: GkdConfig) -> Iterator[str]:
     if loss.teacher_logit_scale != 1 or loss.teacher_logit_soft_cap is not None:
         yield (
             f"loss.teacher_logit_scale={loss.teacher_logit_scale} and loss.teacher_logit_soft_cap="
-            f"{loss.teacher_logit_soft_cap} change logits, which {kind} has turned into log-probabilities "
-            "already; leave them out"
+            f"{loss.teacher_logit_soft_cap} change logits, which {kind} has already turned into "
+            "log-probabilities; leave them out"
         )
 
 
 def _world_problems(config: GkdConfig, world_size: int) -> Iterator[str]:
-    """Problems of spreading the models and the batch over ``world_size`` ranks."""
+    """Layouts and batch sizes that do not fit ``world_size`` ranks."""
     batch = config.train.global_batch_size
     for name, model in config.models.items():
         tp, pp = model.parallel.tensor_model_parallel_size, model.parallel.pipeline_model_parallel_size
@@ -197,7 +196,7 @@ def _interleaving_problems(config: GkdConfig, num_micro_batches: int) -> Iterato
 
 
 def _kinds(section: str, **capability: bool) -> str:
-    """Kinds of a section with the given capability, as in "teacher.kind=megatron or teacher.kind=server"."""
+    """Kinds with a capability, as text: "teacher.kind=megatron or teacher.kind=server"."""
     [(name, value)] = capability.items()
     kinds = sections_of(GkdConfig.model_fields[section])
     return " or ".join(f"{section}.kind={kind}" for kind, cls in kinds.items() if getattr(cls, name) == value)

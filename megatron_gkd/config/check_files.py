@@ -1,4 +1,4 @@
-"""Checks of the configuration against the files it names: models, prompts, templates, the output folder."""
+"""Checks against the files that the configuration names: models, prompts, tokenizer, output folder."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +11,12 @@ from megatron_gkd.config.model import ModelConfig
 from megatron_gkd.config.schema import GkdConfig
 from megatron_gkd.config.weight_files import find_checkpoint_problems, find_hf_problems, find_output_problems
 
-# weights, the fp32 copy that bf16 training keeps, and Adam's two moments
+# weights, fp32 copy of bf16 weights, and Adam's two moments
 CHECKPOINT_BYTES_PER_PARAMETER = {"fp32": 4 + 4 + 4, "bf16": 2 + 4 + 4 + 4}
 
 
 def find_file_problems(config: GkdConfig) -> Iterator[str]:
-    """Missing, damaged or unsuitable files, one sentence each; needs no world size."""
+    """Missing, damaged or unsuitable files, one message each."""
     yield from _data_problems(config.data, config.evaluation)
     shapes: dict[str, HfShapes] = {}
     for name, model in config.models.items():
@@ -39,7 +39,7 @@ def find_file_problems(config: GkdConfig) -> Iterator[str]:
 def _data_problems(data: DataConfig, evaluation: EvaluationConfig) -> Iterator[str]:
     for key, files in (("data.prompts", data.prompts), ("evaluation.files", evaluation.files)):
         for file in files:
-            # an own class may read a folder
+            # a custom dataset_class may read folders
             if not (file.exists() if data.dataset_class else file.is_file()):
                 yield f"{key}={str(file)!r}: no such file; give a file of prompts"
     template = data.chat_template
@@ -132,19 +132,19 @@ def _length_problems(config: GkdConfig, name: str, shapes: HfShapes) -> Iterator
     elif shapes.sliding_window is not None and total > shapes.sliding_window:
         yield (
             f"{tokens}, but the attention of the {name} reaches back over sliding_window={shapes.sliding_window} only, which "
-            "is not built; shorten one of them"
+            "is not supported; shorten one of them"
         )
 
 
 def _vocabulary_problems(
     config: GkdConfig, student: HfShapes, teacher_shapes: HfShapes | None
 ) -> Iterator[str]:
-    """Of a teacher that is not on the ranks only the vocabulary is read: it may have any architecture."""
+    """Compare vocabularies. A teacher that is not on the ranks may have any architecture, only its vocabulary is read."""
     teacher, folder = config.teacher, config.teacher.hf_folder
     if teacher_shapes is not None:
         vocab_size = teacher_shapes.vocab_size
     elif teacher.on_ranks or folder is None:
-        return  # its own problem is reported already, or there is no teacher
+        return  # its config.json has been reported already, or there is no teacher
     else:
         try:
             vocab_size = load_served_model(folder).vocab_size
@@ -156,11 +156,11 @@ def _vocabulary_problems(
         return
     num_ids = count_token_ids(config.student.hf_folder)
     if num_ids is not None and num_ids <= student.vocab_size < vocab_size:
-        return  # only rows without a token differ, as between the small and the large models of Qwen2.5
+        return  # only padding rows differ, as between the small and the large models of Qwen2.5
     yield (
         f"the student ({config.student.hf_folder}) has vocab_size={student.vocab_size} and the teacher "
-        f"({folder}) vocab_size={vocab_size}; both must use the same vocabulary, take models of one "
-        "family (a teacher may have more rows that are no token)"
+        f"({folder}) vocab_size={vocab_size}; both must use the same vocabulary; take models of one "
+        "family (a teacher may have more padding rows)"
     )
 
 

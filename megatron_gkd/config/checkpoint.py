@@ -11,18 +11,18 @@ class CheckpointConfig(Config):
     """Saving and resuming."""
 
     save_interval: int = Field(default=0, ge=0)
-    """Iterations between checkpoints; 0: only at the end."""
+    """Iterations between checkpoints; 0: only after the last."""
     async_save: bool = False
-    """Write checkpoints while training goes on. It waits only until the tensors are copied to host memory, which needs
-    room for them; on a CPU the copies are made as training changes the originals."""
+    """Write checkpoints in the background. Training waits only for the copy to host memory, which needs room for it; on a
+    CPU pages are copied when training changes them."""
     keep_last: int = Field(default=0, ge=0)
-    """Newest checkpoints that are kept, older ones are removed; 0 keeps all. The disk needs room for one more."""
+    """Number of newest checkpoints to keep; older ones are removed. 0: all. The disk needs room for one more."""
     keep_best_metric: Literal["loss", "validation/loss"] | None = None
-    """Also keep the checkpoint at which this metric was lowest, and link it as checkpoints/best. validation/loss is then
-    measured before every save of checkpoint.save_interval, too."""
+    """Also keep the checkpoint with the lowest value of this metric, linked as checkpoints/best. validation/loss is then
+    also measured before every save of checkpoint.save_interval."""
     resume: bool = True
-    """Continue from the newest valid checkpoint under train.output_dir, if there is one. Checkpoints of later iterations,
-    or all with false, are moved to checkpoints/superseded."""
+    """Continue from the newest valid checkpoint under train.output_dir, if there is one. Checkpoints of later iterations
+    are moved to checkpoints/superseded; with false, all of them."""
     allow_changes: tuple[str, ...] = ()
-    """Keys or sections, such as optim.lr or loss, that may differ from the configuration of the checkpoint that is
-    resumed; any other change of what is computed is refused. Changed data are read from their beginning."""
+    """Keys or sections, such as optim.lr or loss, that may differ from the resumed checkpoint's configuration; other
+    changes of the computation are errors. Changed data are read from the start."""

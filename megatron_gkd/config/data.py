@@ -1,4 +1,4 @@
-"""The data section: which files, how their rows are read, and what is done about odd ones."""
+"""The data section: files of prompts, their columns, limits and order, and the tokenizer."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -9,7 +9,7 @@ from megatron_gkd.config.base import Config, Free
 
 
 def _as_list(value: Any) -> Any:
-    """A single path is a list of one."""
+    """Accept a single path as a list of one."""
     values = [value] if isinstance(value, str | Path) else value
     if isinstance(values, list | tuple) and "" in values:
         raise ValueError("a path is empty; remove it")
@@ -20,56 +20,53 @@ Files = Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
 
 
 class DataConfig(Config):
-    """Prompts, and completions for the off-policy share."""
+    """Prompts, completions of the off-policy share, and the tokenizer."""
 
     prompts: Files
-    """A file, or a list of files: .parquet, .txt with one prompt per line, anything else JSON lines. docs/data.md
-    shows the rows."""
+    """A file, or a list of files: .parquet, .txt with one prompt per line, JSON lines for any other suffix. docs/data.md
+    describes the rows."""
     weights: tuple[float, ...] = ()
-    """Share of the prompts that each file of data.prompts gives, such as [3, 1]; empty: every row of all files once
-    in each pass."""
+    """Relative share of the prompts from each file of data.prompts, such as [3, 1]; empty: every row of all files once
+    per pass."""
     dataset_class: str | None = None
-    """Own reader, as package.module:Name or file.py:Name. Name(path) is iterated over and gives one mapping per
-    row; null: the reader follows from the file's name."""
+    """Custom reader, package.module:Name or file.py:Name; iterating over Name(path) yields one mapping per row. null: the
+    reader of the file's suffix."""
     prompt_key: str = Field(default="prompt", min_length=1)
-    """Column with the prompt: a text, or chat messages up to where the assistant is to speak."""
+    """Column with the prompt: a text, or the chat messages before the assistant's turn."""
     completion_key: str = Field(default="completion", min_length=1)
-    """Column with the completion, a text; used where gkd.lmbda is below 1."""
+    """Column with the completion, a text; read if gkd.lmbda is below 1."""
     messages_key: str = Field(default="messages", min_length=1)
-    """Column with a whole conversation, read where a row has no prompt: the last assistant turn is the completion,
-    and from data the earlier ones count in the loss too."""
+    """Column with a whole conversation, read if a row has no prompt: the last assistant turn is the completion. In
+    off-policy samples the earlier assistant turns are part of the loss, too."""
     teacher_prompt_key: str = Field(default="teacher_prompt", min_length=1)
-    """Column with what the teacher reads in place of the prompt (a text or chat messages), such as a prompt with
-    the solution; it scores the same completion tokens."""
+    """Column with the teacher's own prompt (a text or chat messages), such as the prompt with its solution; the teacher
+    scores the same completion tokens after it."""
     max_prompt_length: int = Field(default=512, ge=1)
-    """Tokens of the longest prompt that is used, with the chat template."""
+    """Longest prompt in tokens, chat template included."""
     max_teacher_prompt_length: int | None = Field(default=None, ge=1)
-    """The same for the teacher's own prompts; null: data.max_prompt_length."""
+    """Longest teacher prompt in tokens; null: data.max_prompt_length."""
     truncation: Literal["error", "left", "right"] = "error"
-    """left and right cut the beginning or the end of longer prompts. error: nothing is cut, data.overlong_prompts
-    decides. Completions are never cut."""
+    """Side on which longer prompts are cut; error: none, see data.overlong_prompts. Completions are never cut."""
     overlong_prompts: Literal["drop", "error"] = "drop"
-    """drop: longer prompts are counted and left out; error: they stop the run."""
+    """drop: count longer prompts and skip them; error: stop the run."""
     max_bad_rows: Free[int] = Field(default=0, ge=0)
-    """Unreadable rows of a pass that are reported and left out before the run stops."""
+    """Unreadable rows per pass that are reported and skipped; one more stops the run."""
     shuffle: bool = True
-    """Draw the prompts of every pass in a new random order."""
+    """Shuffle the prompts in every pass."""
     streaming: bool = False
-    """Read rows while training, for files larger than memory; else all are read and checked before."""
+    """Read rows during training, for files larger than memory; otherwise all are read and checked first."""
     shuffle_rows: int = Field(default=4096, ge=1)
-    """With streaming: rows held in memory of each file; they are read in order and shuffled among themselves."""
+    """Rows of each streamed file that are held in memory and shuffled among themselves."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer, or a SentencePiece model file; null: the student's folder."""
+    """Folder of the tokenizer, or a SentencePiece model file; null: the folder of the student."""
     tokenizer_kind: Literal["auto", "hf", "sentencepiece"] = "auto"
-    """hf: tokenizer.json and tokenizer_config.json; sentencepiece: tokenizer.model; auto: what is there, hf
-    first."""
+    """hf: tokenizer.json and tokenizer_config.json; sentencepiece: tokenizer.model; auto: whichever exists, hf first."""
     chat_template: str | None = None
-    """Chat template to use in place of the tokenizer's own: a file in Jinja, or package.module:NAME or file.py:NAME of a
-    text in Jinja."""
+    """Jinja chat template that replaces the tokenizer's: a file, or package.module:NAME or file.py:NAME of a string."""
 
     @property
     def teacher_prompt_length(self) -> int:
-        """Tokens of the longest prompt that the teacher reads."""
+        """Longest prompt that the teacher reads, in tokens."""
         return max(self.max_prompt_length, self.max_teacher_prompt_length or 0)
 
     @field_validator("prompts")

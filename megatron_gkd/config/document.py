@@ -1,4 +1,4 @@
-"""Writes the schema down for readers: the file of all defaults and the table of all keys.
+"""Generates the file of all defaults and the reference of all keys from the schema.
 
 ``make docs`` runs this module; a test compares both files with the schema.
 """
@@ -18,8 +18,8 @@ DEFAULTS_FILE = Path("configs/on_policy_distill_trainer.yaml")
 REFERENCE_FILE = Path("docs/configuration.md")
 
 _DEFAULTS_HEAD = """\
-# Every key with its default and its meaning. Written from the schema by `make docs`; do not edit.
-# Start from it with overrides, or copy the keys you need into a file of your own:
+# All keys with their defaults. Generated from the schema by `make docs`; do not edit.
+# Use it with overrides, or copy the keys that you change into your own file:
 #   torchrun --nproc-per-node 8 launch/pretrain_gkd.py \\
 #     --config configs/on_policy_distill_trainer.yaml student.hf=... teacher.hf=...
 # Keys marked "required" have no default.
@@ -28,12 +28,12 @@ _DEFAULTS_HEAD = """\
 _REFERENCE_HEAD = """\
 # Configuration
 
-Every key, written from the schema (`megatron_gkd/config/schema.py`) by `make docs`; do not edit.
+All keys, generated from the schema (`megatron_gkd/config/`) by `make docs`; do not edit.
 
-`--config FILE` may be given several times; later files and then `section.key=value` overrides replace earlier
-values. Unknown keys, wrong types and values out of range are errors, all reported at once. `--check` validates
-without starting anything and without torch. A run writes the complete tree to `config.yaml` in its output folder;
-it can be given back as `--config`.
+`--config FILE` can be repeated; later files, then `section.key=value` overrides, replace earlier values. Unknown
+keys, wrong types and values out of range are errors, all reported at once. `--check` validates without starting
+anything and without torch. A run writes the complete tree to `config.yaml` in its output folder, which can be passed
+as `--config` again.
 """
 
 
@@ -72,7 +72,7 @@ def _render_section(section: type[Config], depth: int, kind_text: str = "") -> I
 
 
 def _render_tables(section: type[Config], prefix: str) -> Iterator[str]:
-    """A table of the section's own keys, then those of its sections."""
+    """The table of the section's own keys, then the tables of its sections."""
     plain = {name: field for name, field in section.model_fields.items() if not sections_of(field)}
     if plain:
         yield "| key | type | default | meaning |"
@@ -98,10 +98,9 @@ def _summary(sections: dict[str, type[Config]]) -> str:
 
 
 def _describe_kinds(sections: dict[str, type[Config]]) -> str:
-    """The sentences of all kinds, such as "megatron: a model on the ranks; none: no teacher."."""
-    texts = {kind: _sentence(section.model_fields["kind"]) for kind, section in sections.items() if kind}
-    return (
-        "; ".join(f"{kind}: {text[:1].lower()}{text[1:].rstrip('.')}" for kind, text in texts.items()) + "."
+    """The docstrings of ``kind`` in all kinds, as in "megatron: A model on the ranks. none: No teacher."."""
+    return " ".join(
+        f"{kind}: {_sentence(section.model_fields['kind'])}" for kind, section in sections.items() if kind
     )
 
 
@@ -116,7 +115,7 @@ def _sentence(field: FieldInfo) -> str:
 
 
 def _default_text(field: FieldInfo) -> str:
-    """The default as it would stand in YAML; nothing for a required key."""
+    """The default in YAML; empty for a required key."""
     if field.is_required():
         return ""
     default: Any = field.default

@@ -1,4 +1,4 @@
-"""The evaluation section: the loss on held-out completions."""
+"""The evaluation section: loss on held-out completions."""
 
 from typing import Self
 
@@ -9,10 +9,10 @@ from megatron_gkd.config.data import Files
 
 
 class EvaluationConfig(Config):
-    """The loss on held-out completions, without an update."""
+    """Loss on held-out completions."""
 
     files: Files = ()
-    """A file or a list of files in the form of data.prompts; rows need a completion. Empty: no evaluation."""
+    """A file or a list of files in the format of data.prompts; every row needs a completion. Empty: no evaluation."""
     interval: int = Field(default=0, ge=0)
     """Iterations between evaluations; 0: only after the last."""
     num_rows: int | None = Field(default=None, ge=1)
@@ -22,7 +22,7 @@ class EvaluationConfig(Config):
     def _interval_needs_files(self) -> Self:
         if not self.files and (self.interval or self.num_rows):
             raise ValueError(
-                f"interval={self.interval} and num_rows={self.num_rows} say how to use evaluation.files, which is empty; give "
-                "a file or remove them"
+                f"interval={self.interval} and num_rows={self.num_rows} need evaluation.files, which is empty; give a file or "
+                "remove them"
             )
         return self

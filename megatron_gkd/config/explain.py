@@ -1,4 +1,4 @@
-"""What pydantic found wrong, in the words of the configuration: dotted key, problem, value, hint."""
+"""Rewrites pydantic's validation errors as messages with dotted key, problem, value and hint."""
 
 import difflib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from megatron_gkd.config.base import Config, all_keys, did_you_mean, sections_of
 
 
 def explain(problem: Mapping[str, Any], schema: type[Config]) -> str:
-    """One line for one entry of ``ValidationError.errors()``."""
+    """The message of one entry of ``ValidationError.errors()``."""
     key, section, kinds = _locate(problem["loc"], schema)
     name = key.rpartition(".")[2]
     given = problem["input"]
@@ -32,9 +32,9 @@ def explain(problem: Mapping[str, Any], schema: type[Config]) -> str:
 
 
 def _locate(loc: tuple[str | int, ...], schema: type[Config]) -> tuple[str, type[Config] | None, list[str]]:
-    """Dotted key of a pydantic location, the section it lies in, and the kinds that the key can have.
+    """Dotted key of a pydantic location, the section around it, and the kinds of the key.
 
-    Pydantic reports the kind of a section as if it were a key.
+    Pydantic reports the kind of a section as a part of the location, which is skipped.
     """
     key, section, found = "", None, {"": schema}
     for part in loc:
@@ -49,7 +49,7 @@ def _locate(loc: tuple[str | int, ...], schema: type[Config]) -> tuple[str, type
 
 
 def _explain_unknown_key(key: str, section: type[Config] | None, schema: type[Config]) -> str:
-    """Looks for a similar key in the same section first, then in all others."""
+    """Suggest a similar key, first of the same section, then of all others."""
     name = key.rpartition(".")[2]
     known = list(section.model_fields) if section else []
     everywhere = list(all_keys(schema))
@@ -71,7 +71,7 @@ def _is_required(section: type[Config] | None, name: str) -> bool:
 
 
 def _sentence(section: type[Config] | None, name: str) -> str:
-    """What the key is for; a section says it in its docstring."""
+    """The docstring of a key, or that of its section classes."""
     if section is None or name not in section.model_fields:
         return "see docs/configuration.md"
     field = section.model_fields[name]

@@ -1,8 +1,8 @@
-"""Sizes and variants of a model, read from the config.json of a Hugging Face folder.
+"""Sizes and variants of a model from the config.json of a Hugging Face folder.
 
-Read by hand, so that a configuration is checked without torch or transformers. Supported: the dense families of
-``megatron_gkd.families`` with silu, rotary embeddings that are plain or scaled as in Llama 3, and attention that
-reaches every earlier position of a sequence; everything else is refused before any rank starts.
+The file is parsed here, without torch or transformers, so that ``--check`` runs anywhere. Supported are the dense
+families of ``megatron_gkd.families`` with silu, plain or Llama 3 rotary embeddings and full causal attention; any other
+setting is an error.
 """
 
 import json
@@ -17,34 +17,34 @@ from megatron_gkd.families import Family, family_of
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3's change of the rotary frequencies for longer contexts; the names are those of config.json."""
+    """Scaling of the rotary frequencies as in Llama 3, with the names of config.json."""
 
     factor: float
-    """Waves longer than original_max_position_embeddings / low_freq_factor are stretched by it."""
+    """Divides frequencies with wavelengths above original_max_position_embeddings / low_freq_factor."""
     low_freq_factor: float
     high_freq_factor: float
-    """Waves shorter than original_max_position_embeddings / high_freq_factor stay; between the two it is a mixture."""
+    """Wavelengths below original_max_position_embeddings / high_freq_factor are unchanged; between the two, interpolated."""
     original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
 class HfShapes:
-    """What Megatron needs to know to build the model of a Hugging Face folder."""
+    """Architecture of the model in a Hugging Face folder."""
 
     model_type: str
     """A name in ``megatron_gkd.families.FAMILIES``."""
     vocab_size: int
-    """Rows of the embedding in the Hugging Face checkpoint, before any padding for tensor parallelism."""
+    """Rows of the embedding in the Hugging Face checkpoint, without padding for tensor parallelism."""
     hidden_size: int
     num_layers: int
     num_attention_heads: int
     num_query_groups: int
-    """Key and value heads; each serves num_attention_heads / num_query_groups query heads."""
+    """Key-value heads, each shared by num_attention_heads / num_query_groups query heads."""
     head_dim: int
     ffn_hidden_size: int
-    """Width of the gate and of the up projection, each."""
+    """Width of each of the gate and up projections."""
     tied: bool
-    """The output layer uses the weight of the embedding."""
+    """Whether the LM head shares the weight of the embedding."""
     qkv_bias: bool
     qk_norm: bool
     """RMSNorm over head_dim on queries and keys before the rotary embedding."""
@@ -52,16 +52,16 @@ class HfShapes:
     rms_norm_eps: float
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
-    """From config.json and generation_config.json, in that order; generation stops at any of them."""
+    """Tokens that end generation, from config.json and generation_config.json in this order."""
     rope_scaling: Llama3Scaling | None = None
     """``None``: plain rotary embeddings."""
     sliding_window: int | None = None
-    """Positions that attention reaches back over, its own included. The model is built with full attention, which is the
-    same up to this length; ``config.check`` refuses longer sequences. ``None``: no limit."""
+    """Positions that a query attends to, its own included; ``None``: all. Megatron builds full attention, which is the same
+    up to this length; ``config.check`` refuses longer sequences."""
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the Hugging Face model, a tied embedding counted once."""
+        """Parameters of the Hugging Face model; a tied embedding counts once."""
         queries, groups = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
         attention = 2 * self.hidden_size * (queries + groups)
         attention += (queries + 2 * groups) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
@@ -71,7 +71,7 @@ class HfShapes:
 
 
 def count_token_ids(folder: Path) -> int | None:
-    """One more than the largest token id in ``folder``/tokenizer.json; ``None`` if there is no such file to tell."""
+    """One more than the largest token id in ``folder``/tokenizer.json; ``None`` without a readable file."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
@@ -88,8 +88,8 @@ def load_hf_shapes(folder: Path) -> HfShapes:
     """Read ``folder``/config.json (and generation_config.json for further end-of-sequence tokens).
 
     Raises:
-        ConfigError: A file is missing or unreadable, or the model is of a kind that is not supported; names
-            the file, every key with its value, and what is supported.
+        ConfigError: A file is missing or unreadable, or the model is not supported; names the file, every key with
+            its value, and the supported values.
     """
     file = folder / "config.json"
     config = _read_json(file)
@@ -146,17 +146,17 @@ _SIZES = (
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What is compared with a server, which may run models that are not built here."""
+    """Identity of a served model, which may have any architecture."""
 
     model_type: str
     vocab_size: int
-    """Rows of the output layer, all of which take part in the softmax."""
+    """Rows of the LM head, all of which take part in the softmax."""
     sizes: Mapping[str, Any]
-    """What tells models of one family apart: the sizes that config.json names, by their names there."""
+    """Sizes in config.json by name; they distinguish the models of a family."""
 
 
 def load_served_model(folder: Path) -> ServedModel:
-    """Read ``folder``/config.json, of any kind of model.
+    """Read ``folder``/config.json of a model of any architecture.
 
     Raises:
         ConfigError: The file is missing or unreadable or does not say the size of the vocabulary.
@@ -172,14 +172,14 @@ def load_served_model(folder: Path) -> ServedModel:
 
 
 class _Reader:
-    """Takes numbers out of a config.json and notes those that are missing or senseless."""
+    """Reads numbers of a config.json and collects those that are missing or invalid."""
 
     def __init__(self, config: Mapping[str, Any], problems: list[str]):
         self.config = config
         self._problems = problems
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1; where it is none, the problem is noted and 1 returned."""
+        """An integer of at least 1; otherwise 1, with a problem noted."""
         value = self.config.get(key)
         value = default if value is None else value
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
@@ -188,7 +188,7 @@ class _Reader:
         return 1
 
     def positive(self, key: str, default: float | None = None) -> float:
-        """A number above 0; where it is none, the problem is noted and 1 returned."""
+        """A number above 0; otherwise 1, with a problem noted."""
         value = self.config.get(key, default)
         if isinstance(value, int | float) and value > 0:
             return float(value)
@@ -196,7 +196,7 @@ class _Reader:
         return 1.0
 
     def note(self, key: str, value: Any, need: str) -> None:
-        """Add a problem with a key."""
+        """Add the problem of one key."""
         found = f"{key} is missing" if value is None else f"{key}={value!r}"
         self._problems.append(f"{found}; {need}")
 
@@ -214,7 +214,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _find_unsupported(config: Mapping[str, Any]) -> list[str]:
-    """Settings that would change the model's function and that this program does not build."""
+    """Settings that change the model's function and are not supported."""
     problems, rope = [], _rope_parameters(config)
     for key, supported in (
         ("hidden_act", "silu"),
@@ -237,7 +237,7 @@ def _find_unsupported(config: Mapping[str, Any]) -> list[str]:
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Transformers 5 writes all of them as rope_parameters, earlier versions rope_scaling and rope_theta."""
+    """Rotary parameters; Transformers 5 writes rope_parameters, version 4 rope_scaling and rope_theta."""
     old = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
     return {**old, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
 

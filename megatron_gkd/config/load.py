@@ -1,4 +1,4 @@
-"""YAML files and ``section.key=value`` overrides -> one validated, frozen configuration tree."""
+"""Loads YAML files and ``section.key=value`` overrides into one validated, frozen tree."""
 
 import logging
 from collections.abc import Sequence
@@ -19,19 +19,17 @@ log = logging.getLogger(__name__)
 def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> GkdConfig:
     """Merge ``paths`` left to right, then ``overrides`` left to right, and validate the result.
 
-    A later value replaces an earlier one, sections are merged key by key, lists are replaced as a whole.
-    Relative paths in the files stay as they are, relative to the folder the program runs in. Where a later
-    file or override changes the kind of a section, earlier keys that the new kind does not have are left out,
-    with a log message.
+    Later values replace earlier ones; sections are merged key by key, lists replaced as a whole. Relative paths are
+    relative to the working directory. If a later file or override changes the kind of a section, earlier keys that the
+    new kind does not have are dropped with a log message.
 
     Args:
         paths: One YAML file or several.
-        overrides: Texts of the form ``section.key=value``; the value is read as YAML.
+        overrides: Strings ``section.key=value``; the value is parsed as YAML.
 
     Raises:
-        ConfigError: One message with all problems of a stage, each with key, value and fix. The stages:
-            reading the files; types, ranges and unknown keys; rules between sections and with the files they
-            name.
+        ConfigError: All problems of a stage, each with key, value and fix. The stages are: reading the files; types,
+            ranges and unknown keys; ``check_config``.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
     tree: dict[str, Any] = {}
@@ -86,7 +84,9 @@ def _merge(tree: dict[str, Any], layer: dict[str, Any], source: str, prefix: str
                 f"{source}: {key}.{next(iter(value), '')} cannot be set, "
                 f"because {key} is a value ({old!r}), not a section"
             )
-        elif not (isinstance(old, dict) and value is None):  # a section without keys says nothing
+        elif not (
+            isinstance(old, dict) and value is None
+        ):  # null in place of a section keeps it: its keys may all be commented out
             tree[name] = value
 
 
@@ -105,7 +105,7 @@ def _drop_keys_of_other_kind(name: str, old: dict[str, Any], new: dict[str, Any]
 
 
 def _drop_empty_sections(tree: dict[str, Any], schema: type[Config]) -> None:
-    """A section whose keys are all commented out reads as null; it means the defaults."""
+    """Replace null sections, whose keys are all commented out, by empty ones."""
     for name, field in schema.model_fields.items():
         sections = list(sections_of(field).values())
         if sections and name in tree and tree[name] is None:

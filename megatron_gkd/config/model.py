@@ -1,4 +1,4 @@
-"""What the sections of student and teacher have in common: where a model comes from and how it is spread."""
+"""Keys shared by the student and a Megatron teacher: the source of a model and its layout."""
 
 from pathlib import Path
 from typing import Self
@@ -9,15 +9,14 @@ from megatron_gkd.config.base import Config, Free
 
 
 class ParallelConfig(Config):
-    """How one copy of a model is spread over ranks; all other ranks hold further copies (data parallel)."""
+    """Layout of one copy of a model; the remaining ranks hold further copies (data parallel)."""
 
     tensor_model_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share each layer; every one holds a slice of each weight matrix and of the vocabulary."""
+    """Ranks that share each layer; each holds a shard of the weight matrices and of the vocabulary."""
     pipeline_model_parallel_size: int = Field(default=1, ge=1)
-    """Stages that the layers are divided into, in order."""
+    """Pipeline stages; each holds the same number of layers."""
     sequence_parallel: bool = False
-    """Also split the activations between the tensor-parallel parts along the sequence; needs
-    tensor_model_parallel_size > 1."""
+    """Also shard the activations of norms and dropout along the sequence; needs tensor_model_parallel_size > 1."""
 
     @property
     def ranks_per_copy(self) -> int:
@@ -35,19 +34,17 @@ class ParallelConfig(Config):
 
 
 class ModelConfig(Config):
-    """Where a model comes from and how it is spread over ranks."""
+    """Source of a model and its layout."""
 
     hf: Path | None = None
-    """Folder in Hugging Face format: config.json, safetensors and tokenizer files. Give either this or
-    checkpoint."""
+    """Folder in Hugging Face format: config.json, safetensors and tokenizer files. Give this or checkpoint."""
     checkpoint: Path | None = None
-    """Folder written by tools/convert_hf_to_megatron.py, or a training checkpoint iter_<n>. Give either this
-    or hf."""
+    """Folder written by tools/convert_hf_to_megatron.py, or a training checkpoint iter_<n>. Give this or hf."""
     parallel: Free[ParallelConfig] = ParallelConfig()
 
     @property
     def hf_folder(self) -> Path:
-        """Folder that holds config.json and the tokenizer files, whichever kind of source was given."""
+        """Folder with config.json and the tokenizer files, for either source."""
         if self.hf is not None:
             return self.hf
         assert self.checkpoint is not None  # _exactly_one_source

@@ -12,56 +12,53 @@ class OptimConfig(Config):
     """Optimizer and its learning-rate schedule."""
 
     optimizer: Fixed[Literal["adam", "sgd"]] = "adam"
-    """adam: AdamW, with decoupled weight decay; sgd: with momentum (not Nesterov's), weight decay as part of the
+    """adam: AdamW, with decoupled weight decay; sgd: with momentum (not Nesterov), weight decay added to the
     gradient."""
     lr: float = Field(default=1e-5, gt=0)
-    """Learning rate after warm-up."""
+    """Peak learning rate, reached after warm-up."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of the decay; not above lr."""
+    """Final learning rate of the decay; at most lr."""
     decay_style: Literal["constant", "linear", "cosine", "inverse_square_root", "wsd"] = "constant"
-    """How the learning rate falls from lr after warm-up. linear and cosine reach min_lr at the end of the run;
-    inverse_square_root follows lr * sqrt(warm-up / iteration), never below min_lr; wsd (warm-up, stable, decay) keeps
-    lr and falls at the end; constant keeps lr."""
+    """Learning rate after warm-up. constant: lr; linear and cosine: decay from lr to min_lr at the end of the run;
+    inverse_square_root: lr * sqrt(warm-up / iteration), at least min_lr; wsd (warm-up, stable, decay): lr with a decay
+    to min_lr in the last iterations."""
     warmup_iters: int = Field(default=0, ge=0)
-    """Iterations in which the learning rate rises linearly from 0 to lr."""
+    """Iterations of linear warm-up from 0 to lr."""
     warmup_fraction: float = Field(default=0.0, ge=0, le=1)
-    """The same as a share of the run's iterations, rounded to whole ones; give this or warmup_iters."""
+    """Warm-up as a share of the run's iterations, rounded; give this or warmup_iters."""
     wsd_decay_fraction: float = Field(default=0.1, gt=0, le=1)
-    """Share of the run's iterations, at its end, in which decay_style=wsd falls from lr to min_lr; at least one
-    iteration."""
+    """Decay phase of decay_style=wsd as a share of the run's iterations; at least one iteration."""
     wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
-    """Shape of that fall over its progress x from 0 to 1: 1 - x, half a cosine, 2 * 0.5^x - 1, or 1 - sqrt(x)."""
+    """Decay of wsd as a function of its progress x in [0, 1]: 1 - x, half a cosine, 2 * 0.5^x - 1, or 1 - sqrt(x)."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Weight decay of all weights but those of no_weight_decay."""
+    """Weight decay of all weights except those of no_weight_decay."""
     no_weight_decay: Patterns = ("*.bias", "*norm.weight")
-    """Glob patterns of weights without decay, on Hugging Face or Megatron names as in student.freeze; by default
-    biases and norms."""
+    """Glob patterns of weights without decay, matched as those of student.freeze; default: biases and norms."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the running mean of the gradient."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the running mean of the squared gradient."""
     adam_eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the squared gradient's mean."""
+    """Added to the denominator of the update."""
     sgd_momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Share of the last step that optimizer=sgd keeps; 0: none."""
+    """Momentum of optimizer=sgd."""
     clip_grad: float = Field(default=1.0, ge=0)
-    """Largest global gradient norm; longer gradients are scaled down. 0: no clipping."""
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
     use_distributed_optimizer: Fixed[bool] = False
-    """Split the optimizer's state over the copies of the student (data-parallel ranks), to save memory; for
-    optimizer=adam."""
+    """Shard the optimizer state over the data-parallel ranks, which saves memory; needs optimizer=adam."""
     overlap_grad_reduce: Free[bool] = False
-    """Sum gradients over the copies of the student while the backward pass still runs."""
+    """Overlap the data-parallel reduction of gradients with the backward pass."""
 
     def num_warmup_iters(self, train_iters: int) -> int:
-        """Iterations of the warm-up in a run of ``train_iters``."""
+        """Warm-up iterations of a run of ``train_iters``."""
         return self.warmup_iters or round(self.warmup_fraction * train_iters)
 
     def num_wsd_decay_iters(self, train_iters: int) -> int:
-        """Iterations of the last phase of wsd in a run of ``train_iters``."""
+        """Iterations of the decay phase of wsd in a run of ``train_iters``."""
         return max(1, round(self.wsd_decay_fraction * train_iters))
 
     def schedule_problems(self, train_iters: int) -> Iterator[str]:
-        """Phases of the schedule that do not fit into a run of ``train_iters``."""
+        """Phases of the schedule that do not fit into a run of ``train_iters``, one message each."""
         warmup, decay = self.num_warmup_iters(train_iters), self.num_wsd_decay_iters(train_iters)
         if warmup > train_iters:
             yield (
@@ -85,7 +82,7 @@ class OptimConfig(Config):
         if self.use_distributed_optimizer and self.optimizer != "adam":
             raise ValueError(
                 f"use_distributed_optimizer=true saves and loads Adam's state only, but optimizer={self.optimizer}; "
-                "set one of them otherwise"
+                "set use_distributed_optimizer=false or optimizer=adam"
             )
         return self
 

@@ -1,7 +1,7 @@
-"""A resumed run against the configuration that its checkpoint was written with: what differs, and may it?
+"""Comparison of a resumed run's configuration with that of its checkpoint.
 
-Every key that changes what is computed has to be allowed by name (``checkpoint.allow_changes``), unless its marker in the section
-(``Free``, ``Fixed``) says otherwise. Needs no torch: a run is refused before anything starts.
+Markers at the keys (``Free``, ``Fixed``) decide what may change; ``checkpoint.allow_changes`` permits further keys by name.
+Imports no torch, so that a run is refused before any process group or engine starts.
 """
 
 import json
@@ -16,11 +16,11 @@ from megatron_gkd.config.base import Config, ConfigError, OnResume, sections_of
 from megatron_gkd.config.schema import GkdConfig
 
 STATE_FILE = "state.json"
-"""File of a checkpoint that holds the configuration, under the key ``config``."""
+"""File of a checkpoint with the configuration under the key ``config``."""
 
 
 class Change(NamedTuple):
-    """A key whose value differs; a key that one of the sides lacks has ``None`` there."""
+    """A key with its old and new value; ``None`` where a side does not have the key."""
 
     key: str
     old: Any
@@ -31,15 +31,15 @@ class Change(NamedTuple):
 
 
 def is_named(key: str, names: Iterable[str]) -> bool:
-    """Whether ``key`` is one of ``names`` or lies in a section of that name."""
+    """Whether ``names`` holds ``key`` or a section around it."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def rule_of(key: str) -> OnResume:
-    """The rule of a dotted key: its own marker, else that of the innermost marked section around it.
+    """The rule of a dotted key: its own marker, else that of the innermost marked section.
 
-    A key that several kinds of a section have follows the strictest of them; a key that the schema no longer has
-    follows its section.
+    Where several kinds of a section have the key, the strictest marker wins. A key that a later schema removed has the
+    rule of its section.
     """
     rule = OnResume.BY_NAME
     sections: list[type[Config]] = [GkdConfig]
@@ -51,15 +51,15 @@ def rule_of(key: str) -> OnResume:
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:
-    """Folders ``iter_<n>``, the oldest first; what is in them is not looked at, what has another name is not ours."""
+    """Folders ``iter_<n>``, oldest first; their contents are not verified, other names are ignored."""
     return sorted(p for p in folder.glob("iter_*") if p.name.removeprefix("iter_").isdecimal())
 
 
 def check_resume(config: GkdConfig) -> None:
-    """Refuse a run that would continue the newest checkpoint of its folder with changes that are not allowed.
+    """Check the changes since the newest checkpoint of the run's folder.
 
     Raises:
-        ConfigError: Names every such key with both values and what to do.
+        ConfigError: Names every key that may not change, both values and the fix.
     """
     if not config.checkpoint.resume:
         return
@@ -70,16 +70,16 @@ def check_resume(config: GkdConfig) -> None:
 
 
 def permitted_changes(folder: Path, config: GkdConfig) -> list[Change]:
-    """What differs from the configuration that the checkpoint in ``folder`` was written with, all of it allowed.
+    """Changes since the checkpoint in ``folder``, all of them permitted.
 
     Raises:
-        ConfigError: Something else differs, too.
+        ConfigError: A key changed that may not.
     """
     stored = json.loads((folder / STATE_FILE).read_text())["config"]
     changes = list(_changes(stored, config.model_dump(mode="json")))
     if fixed := [change for change in changes if rule_of(change.key) is OnResume.FIXED]:
         raise ConfigError(
-            f"{folder} cannot be continued with {_join(fixed)}: the optimizer's state would be another. Set it back, or "
+            f"{folder} cannot be continued with {_join(fixed)}: the optimizer state would not fit. Set it back, or "
             f"start a new run from these weights: student.hf=null student.checkpoint={folder} and another train.output_dir"
         )
     allowed = config.checkpoint.allow_changes

@@ -1,6 +1,7 @@
-"""The rollout section: one class per kind of engine, with the sampling keys in common.
+"""The rollout section: one class per kind of generation engine, with common sampling keys.
 
-A further kind is a class over ``BaseRolloutConfig`` and a line in ``RolloutConfig``.
+Checks and trainer read the capabilities of a kind, never its name. A new kind is a class derived from
+``BaseRolloutConfig`` and a line in ``RolloutConfig``.
 """
 
 from collections.abc import Iterator
@@ -22,25 +23,25 @@ _OF_COLOCATED_SERVERS = (
 
 
 class BaseRolloutConfig(Config):
-    """Sampling keys, the capabilities of a kind of engine, and its checks of its own keys."""
+    """Sampling keys, capabilities of an engine kind, and the checks of its own keys."""
 
     uses_student_model: ClassVar[bool] = False
-    """It generates with the student's own layers, on its ranks and in its layout."""
+    """Generates with the student's own layers, on its ranks and in its layout."""
     receives_weights: ClassVar[bool] = False
-    """It holds a copy of the weights, which a transport brings after every update."""
+    """Holds a copy of the weights, pushed over a transport after every update."""
 
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits before sampling."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the smallest set of tokens with at least this probability; 1 keeps all."""
+    """Nucleus sampling: the smallest set of tokens with at least this probability; 1: off."""
     top_k: int = -1
-    """Sample from this many most probable tokens; -1 keeps all."""
+    """Sample from the k most probable tokens; -1: off."""
     max_new_tokens: int = Field(default=256, ge=1)
-    """Tokens after which a completion is cut off."""
+    """Longest completion in tokens."""
     num_samples: int = Field(default=1, ge=1)
     """Completions per prompt; train.global_batch_size must be a multiple of it."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion, besides the end-of-sequence tokens of the model."""
+    """Stop strings, in addition to the end-of-sequence tokens of the model."""
 
     @property
     def starts_server(self) -> bool:
@@ -48,7 +49,7 @@ class BaseRolloutConfig(Config):
         return False
 
     def student_problems(self, student: HfShapes) -> Iterator[str]:
-        """Keys of the section that do not fit the student's sizes, one sentence each."""
+        """Keys of the section that do not fit the student's sizes, one message each."""
         yield from ()
 
     @field_validator("top_k")
@@ -67,45 +68,43 @@ class BaseRolloutConfig(Config):
 
 
 class MegatronRolloutConfig(BaseRolloutConfig):
-    """The embedded engine: the student's own Megatron model generates; no server."""
+    """The embedded engine: the student's own Megatron model generates, without a server."""
 
     uses_student_model: ClassVar[bool] = True
 
     kind: Literal["megatron"] = "megatron"
-    """The student's own Megatron model generates, without a server."""
+    """The embedded engine."""
 
 
 class SglangRolloutConfig(BaseRolloutConfig):
-    """SGLang generates over its HTTP API and receives the new weights after every iteration."""
+    """SGLang over its HTTP API; it receives the new weights after every update."""
 
     receives_weights: ClassVar[bool] = True
 
     kind: Literal["sglang"] = "sglang"
-    """An SGLang server generates."""
+    """SGLang servers."""
     placement: Free[Literal["colocated", "external"]] = "colocated"
-    """colocated: the job starts and stops the server; external: servers that already run at urls."""
+    """colocated: the job starts and stops a server; external: servers already run at urls."""
     urls: Free[tuple[str, ...]] = ()
-    """Addresses of external servers, such as http://10.0.0.5:30000; needed for placement external, refused
+    """Base URLs of external servers, such as http://10.0.0.5:30000; required with placement=external, an error
     otherwise."""
     api_key_env: Free[str | None] = None
-    """Name of the environment variable with the key that external servers demand; servers that other machines reach
-    must have one."""
+    """Environment variable with the API key of external servers; servers reachable from other machines must have one."""
     tensor_model_parallel_size: Free[int] = Field(default=1, ge=1)
     """Tensor-parallel size of a colocated server; independent of the student's."""
     start_timeout_s: Free[float] = Field(default=300.0, gt=0)
-    """Seconds a colocated server may take until it answers."""
+    """Seconds until a colocated server must be ready."""
     request_timeout_s: Free[float] = Field(default=600.0, gt=0)
-    """Seconds one request may take before it counts as failed."""
+    """Timeout in seconds of one request."""
     max_retries: Free[int] = Field(default=2, ge=0)
-    """Times a failed generation request is repeated before the engine counts as failed."""
+    """Retries of a generation request before the engine counts as failed."""
     push_dir: Free[Path | None] = None
-    """Folder through which weights reach the server; null: /dev/shm where it exists, else
-    train.output_dir."""
+    """Folder for the weights that the server loads; null: /dev/shm if it exists, else train.output_dir."""
     probe_tolerance: Free[float | None] = Field(default=None, gt=0)
-    """Largest difference in log-probability (nats) between server and trainer after a weight push; null: 2e-4
-    for fp32, 5e-2 for bf16."""
+    """Largest difference in log-probability (nats) between server and trainer after a weight push; null: 2e-4 for fp32,
+    5e-2 for bf16."""
     mem_fraction_static: Free[float] = Field(default=0.4, gt=0, lt=1)
-    """Share of the device memory that a colocated server takes for weights and KV cache."""
+    """Share of the device memory for weights and KV cache of a colocated server."""
     num_threads: Free[int | None] = Field(default=None, ge=1)
     """CPU threads of a colocated server; null: all cores."""
     on_engine_failure: Free[Literal["stop"]] = "stop"
@@ -143,14 +142,14 @@ class SglangRolloutConfig(BaseRolloutConfig):
             )
         if self.placement == "colocated" and self.api_key_env:
             raise ValueError(
-                f"api_key_env={self.api_key_env!r} is for placement=external: the server of a colocated engine is open to this "
+                f"api_key_env={self.api_key_env!r} is for placement=external: a colocated server accepts connections of this "
                 "machine only; remove it"
             )
         return self
 
     @model_validator(mode="after")
     def _settings_of_the_server_only_when_colocated(self) -> Self:
-        """A resolved configuration names every key, so it is their values that tell whether they were given."""
+        # a resolved configuration holds every key, so only a value other than the default shows that it was given
         if self.placement == "colocated":
             return self
         defaults = {key: type(self).model_fields[key].default for key in _OF_COLOCATED_SERVERS}

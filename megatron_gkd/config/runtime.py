@@ -1,4 +1,4 @@
-"""The logging and runtime sections: what is recorded, and the environment of the processes."""
+"""The logging and runtime sections: records of a run, environment and logs of its processes."""
 
 import re
 from pathlib import Path
@@ -24,37 +24,37 @@ _READ_AT_PROCESS_START = ("LD_", "PYTHON", "MALLOC_")
 
 
 class LoggingConfig(Config):
-    """What the run tells."""
+    """Messages, metrics and samples that the run records."""
 
     level: Literal["debug", "info", "warning"] = "info"
-    """Least important messages that are shown."""
+    """Lowest level of the messages that are logged."""
     tensorboard: bool = True
-    """Write the metrics to TensorBoard as well as to metrics.jsonl."""
+    """Write the metrics to TensorBoard in addition to metrics.jsonl."""
     num_samples: int = Field(default=2, ge=0)
-    """Samples written to samples.jsonl in every iteration."""
+    """Samples per iteration written to samples.jsonl."""
 
 
 class RuntimeConfig(Config):
-    """Environment and logs of ranks and SGLang servers; give configs/runtime_env.yaml as a further --config."""
+    """Environment and logs of ranks and SGLang servers; pass configs/runtime_env.yaml as another --config."""
 
     env_vars: dict[str, str | None] = Field(default={})
-    """Variables set before torch, NCCL, Transformer Engine or SGLang reads them; written to the log and to config.yaml,
-    so no secrets. One that the shell or the job script has set already wins, with a line in the log. In a value,
-    {output_dir}, {host} and {process} (rank_0, sglang, ...) are filled in. null takes out what an earlier file set.
-    Servers get them too, except thread counts and CUDA_DEVICE_MAX_CONNECTIONS (see rollout.num_threads)."""
+    """Environment variables, set before torch, NCCL, Transformer Engine or SGLang reads them. They are logged and written
+    to config.yaml, so they must not hold secrets. A value from the shell or the job script wins, with a log message.
+    {output_dir}, {host} and {process} (rank_0, sglang, ...) are replaced in values; null removes a variable of an earlier
+    file. Servers get them too, except thread counts and CUDA_DEVICE_MAX_CONNECTIONS (see rollout.num_threads)."""
     log_file: str = "{output_dir}/logs/{process}.log"
-    """Log of each rank; placeholders as in env_vars, {process} is needed."""
+    """Log file of each rank; placeholders as in env_vars, {process} is required."""
     working_dir: Path = Path()
-    """Folder with the code; launch/submit.py copies it to train.output_dir/code and the job runs the copy. Nothing else
-    reads it: torchrun runs the code where it is."""
+    """Folder of the code. Only launch/submit.py reads it: it copies the folder to train.output_dir/code, and the job runs
+    the copy."""
     excludes: tuple[str, ...] = (".git/", ".venv/", "__pycache__/", "*.egg-info/", ".*_cache/", "/runs/")
-    """What launch/submit.py does not copy, in the manner of .gitignore: a pattern is a name at any depth, or a path from
-    working_dir if it begins with /; one that ends with / matches folders only."""
+    """Patterns that launch/submit.py does not copy, as in .gitignore: a name at any depth, or a path below working_dir if
+    it starts with /; a pattern that ends with / matches folders only."""
 
     @field_validator("env_vars", mode="before")
     @classmethod
     def _numbers_are_texts(cls, value: Any) -> Any:
-        """An environment holds texts; in YAML 1 is a number."""
+        """Convert numbers to texts: YAML reads ``OMP_NUM_THREADS: 1`` as a number."""
         if not isinstance(value, dict):
             return value
         return {name: str(text) if type(text) in (int, float) else text for name, text in value.items()}
@@ -82,7 +82,7 @@ class RuntimeConfig(Config):
             if not pattern.strip("/"):
                 raise ValueError(f"the pattern {pattern!r} matches nothing; remove it")
             if "/" in pattern.strip("/") and not pattern.startswith("/"):
-                raise ValueError(f"{pattern!r} is a path; begin it with / to take it from working_dir")
+                raise ValueError(f"{pattern!r} is a path; begin it with / to anchor it at working_dir")
         return value
 
 
@@ -90,7 +90,7 @@ def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not the name of an environment variable")
     if name in TORCHRUN_VARIABLES or name.startswith(TORCHRUN_PREFIXES):
-        raise ValueError(f"{name} belongs to torchrun; use torchrun's options")
+        raise ValueError(f"{name} belongs to torchrun; use its options")
     if name.startswith(_READ_AT_PROCESS_START):
         raise ValueError(
             f"{name} is read when a process starts, before this file; set it in the shell or job script"

@@ -1,7 +1,7 @@
-"""The configuration tree: each key has a type, a limit, a default and a sentence, here and nowhere else.
+"""The configuration tree and the values derived from several sections.
 
-Nothing changes after loading; what follows from other keys is a property. The sentences become the comments
-of ``configs/on_policy_distill_trainer.yaml`` and the tables of ``docs/configuration.md``.
+A key is declared in its section only: type, limits, default and docstring. The docstrings become the comments of
+``configs/on_policy_distill_trainer.yaml`` and the tables of ``docs/configuration.md``.
 """
 
 import math
@@ -41,37 +41,37 @@ class GkdConfig(Config):
 
     @property
     def seq_length(self) -> int:
-        """Tokens of the longest sequence: prompt and completion."""
+        """Longest sequence in tokens: prompt and completion."""
         return self.data.max_prompt_length + self.rollout.max_new_tokens
 
     @property
     def teacher_seq_length(self) -> int:
-        """The same for the teacher, whose prompts may be longer."""
+        """Longest sequence that the teacher scores, in tokens; its prompts may be longer."""
         return self.data.teacher_prompt_length + self.rollout.max_new_tokens
 
     @property
     def checkpoint_dir(self) -> Path:
-        """Where the run keeps its checkpoints."""
+        """Folder of the run's checkpoints."""
         return self.train.output_dir / "checkpoints"
 
     def with_iterations(self, num_prompts: int | None) -> "GkdConfig":
-        """This tree with ``train.epochs`` turned into ``train.train_iters``; unchanged if it has those already.
+        """A copy with ``train.train_iters`` in place of ``train.epochs``; self if that is not set.
 
         Args:
-            num_prompts: Usable prompts of one pass; ``None`` if nobody knows before the end of the stream.
+            num_prompts: Usable prompts per pass; ``None`` if unknown.
 
         Raises:
-            ConfigError: The number of prompts is not known, or the schedule does not fit into the run.
+            ConfigError: The number of prompts is unknown, or the schedule does not fit into the run.
         """
         if not self.train.epochs:
             return self
         if num_prompts is None:
             raise ConfigError(
-                f"train.epochs={self.train.epochs} needs the number of prompts, which is not known for streamed or weighted data; "
+                f"train.epochs={self.train.epochs} needs the number of prompts, which is unknown for streamed or weighted data; "
                 "set train.train_iters instead"
             )
         prompts_per_iter = self.train.global_batch_size // self.rollout.num_samples
-        # rounded first: 0.1 * 30 prompts are 3, not 3.0000000000000004
+        # 0.1 * 30 is 3.0000000000000004, which ceil would turn into another iteration
         train_iters = math.ceil(round(self.train.epochs * num_prompts, 6) / prompts_per_iter)
         if problems := list(self.optim.schedule_problems(train_iters)):
             raise ConfigError.listing(f"train.epochs={self.train.epochs} of {num_prompts} prompts", problems)
@@ -87,5 +87,5 @@ class GkdConfig(Config):
         return {"student": self.student, "teacher": self.teacher}
 
     def to_yaml(self) -> str:
-        """The complete tree with every default written out; ``load_config`` reads it back unchanged."""
+        """The complete tree with all defaults; ``load_config`` reads it back unchanged."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

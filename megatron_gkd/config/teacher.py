@@ -1,6 +1,7 @@
-"""The teacher section: one class per kind; its capabilities are what checks and trainer read, never its name.
+"""The teacher section: one class per kind.
 
-A further kind is a class over ``BaseTeacherConfig`` and a line in ``TeacherConfig``.
+Checks and trainer read the capabilities of a kind, never its name. A new kind is a class derived from
+``BaseTeacherConfig`` and a line in ``TeacherConfig``.
 """
 
 from collections.abc import Iterator
@@ -15,14 +16,14 @@ from megatron_gkd.config.model import ModelConfig
 
 
 class BaseTeacherConfig(Config):
-    """Capabilities of a kind of teacher, and its checks of its own keys."""
+    """Capabilities of a teacher kind, and the checks of its own keys."""
 
     gives_signal: ClassVar[bool] = True
-    """It scores sequences; without, only the cross-entropy of the labels is trained."""
+    """Scores sequences. Otherwise only the cross-entropy of the labels is trained."""
     gives_full_distribution: ClassVar[bool] = False
-    """It gives logits over the whole vocabulary, not only log-probabilities of some entries at temperature 1."""
+    """Returns the whole distribution at any temperature. Otherwise log-probabilities of some entries at temperature 1."""
     on_ranks: ClassVar[bool] = False
-    """It is a model on the ranks of the job; the section is then a ``ModelConfig``, too."""
+    """Runs as a model on the ranks of the job; the section then also derives from ``ModelConfig``."""
 
     @property
     def hf_folder(self) -> Path | None:
@@ -30,12 +31,12 @@ class BaseTeacherConfig(Config):
         return None
 
     def vocabulary_problems(self, vocab_size: int) -> Iterator[str]:
-        """Keys of the section that do not fit the teacher's vocabulary, one sentence each."""
+        """Keys of the section that do not fit the teacher's vocabulary, one message each."""
         yield from ()
 
 
 class MegatronTeacherConfig(ModelConfig, BaseTeacherConfig):
-    """A Megatron model on the student's ranks, forward only, in a layout of its own."""
+    """A Megatron model on the student's ranks, forward only, with its own layout."""
 
     gives_full_distribution: ClassVar[bool] = True
     on_ranks: ClassVar[bool] = True
@@ -47,27 +48,27 @@ class MegatronTeacherConfig(ModelConfig, BaseTeacherConfig):
 
 
 class ServerTeacherConfig(BaseTeacherConfig):
-    """An SGLang server, started by launch/serve.py, that returns its most probable tokens."""
+    """An SGLang server started by launch/serve.py, which returns its top-k tokens."""
 
     kind: Literal["server"] = "server"
     """An SGLang server that returns its top-k log-probabilities."""
     hf: Path
-    """Folder with config.json and the tokenizer files of the served model; its weights are not read here."""
+    """Folder with config.json and the tokenizer files of the served model; the weights are not read."""
     server_ip: Free[str] = "127.0.0.1"
-    """Address or name of the machine that the server runs on; launch/slurm/heterogeneous.sbatch fills it in."""
+    """Address or host name of the server; launch/slurm/heterogeneous.sbatch sets it."""
     server_port: Free[int] = Field(default=30000, ge=1, le=65535)
-    """Port that the server listens on."""
+    """Port of the server."""
     api_key_env: Free[str | None] = None
-    """Environment variable that holds the server's API key; null: the server demands none."""
+    """Environment variable with the server's API key; null: no key."""
     top_k: int = Field(default=64, ge=1)
-    """Most probable tokens that the server tells at every position, with their log-probabilities; goes with
-    loss.support=teacher_top_k, where loss.top_k has no say."""
+    """Tokens whose log-probabilities the server returns at each position. With loss.support=teacher_top_k it replaces
+    loss.top_k."""
     requests_in_flight: Free[int] = Field(default=8, ge=1)
-    """Sequences that each copy of the student asks about at the same time."""
+    """Concurrent requests of each copy of the student, one sequence each."""
     request_timeout_s: Free[float] = Field(default=600.0, gt=0)
-    """Seconds one request, which is about one sequence, may take before the teacher counts as failed."""
+    """Timeout in seconds of one request; the teacher then counts as failed."""
     max_retries: Free[int] = Field(default=2, ge=0)
-    """Times a request is repeated that could not connect or got an answer of 500 and above."""
+    """Retries of a request that could not connect or got an HTTP status of 500 or above."""
 
     @property
     @override
@@ -96,12 +97,12 @@ class ServerTeacherConfig(BaseTeacherConfig):
 
 
 class NoTeacherConfig(BaseTeacherConfig):
-    """No teacher: supervised fine-tuning on the completions, with loss.sft_weight=1."""
+    """No teacher: supervised fine-tuning on the completions; needs loss.sft_weight=1."""
 
     gives_signal: ClassVar[bool] = False
 
     kind: Literal["none"] = "none"
-    """No teacher: only the cross-entropy of loss.sft_weight=1 is trained."""
+    """No teacher, only cross-entropy."""
 
 
 TeacherConfig = Annotated[

@@ -1,4 +1,4 @@
-"""Are the files of a model whole? Answered from names, sizes and headers, without torch and without reading weights."""
+"""Completeness of model files from names, sizes and headers, without torch or reading weights."""
 
 import json
 import os
@@ -13,7 +13,7 @@ GIB = 2**30
 
 
 def find_hf_problems(folder: Path) -> Iterator[str]:
-    """Missing or cut-off safetensors files of a Hugging Face folder."""
+    """Missing or truncated safetensors files of a Hugging Face folder."""
     if (folder / INDEX).is_file():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
@@ -34,7 +34,7 @@ def find_hf_problems(folder: Path) -> Iterator[str]:
 
 
 def find_checkpoint_problems(folder: Path) -> Iterator[str]:
-    """Missing or cut-off files of a checkpoint with a manifest; their hashes are compared when they are loaded."""
+    """Missing or truncated files of a checkpoint; their hashes are verified on loading."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         sizes = {name: int(facts["size"]) for name, facts in files.items()}
@@ -54,7 +54,7 @@ def find_checkpoint_problems(folder: Path) -> Iterator[str]:
 
 
 def find_output_problems(folder: Path, needed_bytes: int) -> Iterator[str]:
-    """Why ``folder``, which need not exist yet, cannot take ``needed_bytes``."""
+    """Why ``needed_bytes`` cannot be written to ``folder``, which need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         yield f"{existing} is a file; choose a folder"
@@ -71,7 +71,7 @@ def find_output_problems(folder: Path, needed_bytes: int) -> Iterator[str]:
 
 
 def _find_damage(file: Path) -> str | None:
-    """Compares a safetensors file's size with the end of the data that its header promises."""
+    """Compare the size of a safetensors file with the end of the data in its header."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""YAML text -> plain values; stricter than PyYAML: a repeated key is an error. Errors name file and line."""
+"""Parses YAML into plain values; repeated keys are errors, and errors name file and line."""
 
 from collections.abc import Hashable
 from pathlib import Path
@@ -46,7 +46,7 @@ def parse_yaml(text: str, *, source: str) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word."""
+    """Refuses repeated keys, of which PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
