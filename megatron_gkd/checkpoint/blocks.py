@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_gkd.checkpoint.integrity import CheckpointError
-from megatron_gkd.models.chunks import LocalModel
+from megatron_gkd.models.gpt import LocalModel
 from megatron_gkd.models.lora import merged_parameters
 from megatron_gkd.parallel.groups import ModelGroups
 

@@ -32,8 +32,7 @@ from megatron_gkd.checkpoint.weights import (
     stored_dtype,
 )
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
-from megatron_gkd.models.chunks import LocalModel
-from megatron_gkd.models.gpt import build_gpt
+from megatron_gkd.models.gpt import LocalModel, build_gpt
 from megatron_gkd.models.lora import LoraSpec, attach_adapters, merged_parameters
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.platform.kernels import Kernels
@@ -67,7 +66,7 @@ def convert_hf_to_megatron(
     shapes = load_hf_shapes(hf)
     source, dtype = HfFolder(hf), _common_dtype(hf, shapes)
     start = time.perf_counter()
-    model = build_for_conversion(shapes, groups, kernels, dtype, device, is_blank=True)
+    model = build_for_conversion(shapes, groups, kernels, dtype, device, is_uninitialized=True)
     slices = _slices_by_parameter(model, shapes, groups)
     (unfinished / WEIGHTS).mkdir(parents=True)
     log.info("Writing %s with %d million weights", out, shapes.num_parameters // 10**6)
@@ -102,7 +101,7 @@ def convert_megatron_to_hf(
     shapes, dtype = load_hf_shapes(checkpoint / HF_FILES), stored_dtype(checkpoint)
     start = time.perf_counter()
     require_whole(checkpoint, device)
-    model = build_for_conversion(shapes, groups, kernels, dtype, device, is_blank=True)
+    model = build_for_conversion(shapes, groups, kernels, dtype, device, is_uninitialized=True)
     if adapters := read_manifest(checkpoint).get(LORA):
         attach_adapters(model, LoraSpec.from_json(adapters), groups)
     slices = _slices_by_parameter(model, shapes, groups)
@@ -169,7 +168,7 @@ def build_for_conversion(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    is_blank: bool = False,
+    is_uninitialized: bool = False,
 ) -> LocalModel:
     """A model as the converters need it; see ``build_gpt``."""
     return build_gpt(
@@ -179,7 +178,7 @@ def build_for_conversion(
         device=device,
         kernels=kernels,
         max_seq_length=shapes.max_position_embeddings,
-        is_blank=is_blank,
+        is_uninitialized=is_uninitialized,
     )
 
 

@@ -10,7 +10,7 @@ from megatron_gkd.checkpoint.hf import build_for_conversion, unfinished_folder, 
 from megatron_gkd.checkpoint.integrity import CheckpointError
 from megatron_gkd.checkpoint.weights import HF_FILES, WeightSource, load_weights, stored_dtype
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
-from megatron_gkd.models.chunks import LocalModel
+from megatron_gkd.models.gpt import LocalModel
 from megatron_gkd.models.lora import attached_spec
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.platform.kernels import Kernels

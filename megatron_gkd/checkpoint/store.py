@@ -42,7 +42,7 @@ from megatron_gkd.checkpoint.side_files import copy_side_files, replace_tokenize
 from megatron_gkd.checkpoint.space import require_space
 from megatron_gkd.checkpoint.weights import HF_FILES, LORA, WEIGHTS, fill_model
 from megatron_gkd.config.resume import STATE_FILE, finished_checkpoints
-from megatron_gkd.models.chunks import LocalModel
+from megatron_gkd.models.gpt import LocalModel
 from megatron_gkd.models.lora import attached_spec
 from megatron_gkd.optim.state import load_optimizer_state, sharded_optimizer_state
 from megatron_gkd.parallel.collectives import broadcast_json

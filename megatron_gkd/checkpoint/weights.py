@@ -18,8 +18,7 @@ from torch import Tensor
 
 from megatron_gkd.checkpoint.integrity import CheckpointError, check_everywhere, read_manifest
 from megatron_gkd.config.hf_shapes import HfShapes
-from megatron_gkd.models.chunks import LocalModel, chunks_of
-from megatron_gkd.models.gpt import padded_vocab_size
+from megatron_gkd.models.gpt import LocalModel, chunks_of, padded_vocab_size
 from megatron_gkd.models.lora import LoraSpec, attach_adapters, merge_adapters
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.reshard.layout import WeightLayout, rank_slices

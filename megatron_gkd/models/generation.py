@@ -1,7 +1,7 @@
-"""Sampling with a KV cache over this rank's part of a GPTModel, for prompts of different lengths, TP x PP.
+"""Batched sampling from a GPTModel with a KV cache, under tensor and pipeline parallelism.
 
-The batch moves in step: the shortest prompt is read in one pass, and from there one position is filled per pass. A
-sequence whose prompt reaches further takes its next prompt token there instead of a sampled one.
+All sequences advance together: one prefill pass over the length of the shortest prompt, then one position per pass. A
+sequence with a longer prompt takes its next prompt token at that position instead of a sampled one.
 
 Shapes: B = sequences, S = positions of one pass, V = vocabulary entries, H = hidden size.
 """
@@ -15,22 +15,21 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from megatron_gkd.models.chunks import LocalModel
-from megatron_gkd.models.gpt import HiddenTap
+from megatron_gkd.models.gpt import HiddenTap, LocalModel
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.platform.seeded_sampling import sample_with_seed
 
 
 @dataclass(frozen=True)
 class SamplingRule:
-    """How the next token is drawn.
+    """Sampling parameters.
 
     Attributes:
         temperature: Divides the logits, above 0.
-        top_p: Smallest set of tokens with at least this probability is kept, in (0, 1].
+        top_p: Keeps the smallest set of tokens with at least this total probability, in (0, 1].
         top_k: Number of most likely tokens kept; -1 keeps all.
-        max_new_tokens: Longest completion in tokens.
-        stop_token_ids: A completion ends with any of these.
+        max_new_tokens: Maximum length of a completion.
+        stop_token_ids: Each of these ends a completion.
     """
 
     temperature: float
@@ -51,22 +50,22 @@ def generate(
     *,
     vocab_size: int,
 ) -> list[list[int]]:
-    """Completions of all prompts; collective over the ranks of one copy of the model.
+    """Sample a completion of each prompt. Collective over the ranks of one model replica.
 
-    The result does not depend on how prompts are batched, beyond rounding: the noise of a token is a function of its
-    sequence's seed and its position.
+    Up to rounding, a completion is independent of the other prompts in the batch: the noise of a token is a function of
+    its sequence's seed and its position.
 
     Args:
-        model: This rank's part, with its output layer.
-        groups: Its layout and groups.
-        tap: Switch on the output layer of the last stage, if one is installed there.
-        prompts: Token ids, equal on all ranks, none empty.
+        model: This rank's part of the model, with its output layer.
+        groups: Its layout and process groups.
+        tap: The ``HiddenTap`` on the last stage, if installed.
+        prompts: Non-empty token ids, the same on all ranks.
         seeds: One per prompt.
-        rule: How to draw tokens.
-        vocab_size: Real vocabulary entries; padding is never drawn.
+        rule: Sampling parameters.
+        vocab_size: Vocabulary size without padding; padding is never sampled.
 
     Returns:
-        Token ids of each completion, the stop token included; equal on all ranks.
+        Token ids of each completion including the stop token, the same on all ranks.
     """
     was_training = model.training
     model.eval()
@@ -91,18 +90,19 @@ def _generate(
     length_B = torch.tensor(lengths, device=device)
     seed_B = torch.tensor(seeds, dtype=torch.int64, device=device)
     stop_ids = torch.tensor(rule.stop_token_ids, dtype=torch.long, device=device)
-    # length of a finished completion, else 0
+    # length of a completed sequence's completion, 0 for those still open
     completed_B = torch.zeros(len(prompts), dtype=torch.long, device=device)
     stages = _Stages(model, groups, len(prompts), end)
     start = 0
     for position in range(min(lengths), end):
         logits_BV = stages.forward(tokens_BS[:, start:position], start)
-        chosen_B = stages.agree_on(logits_BV, lambda z: _draw(z[:, :vocab_size], seed_B, position, rule))  # noqa: B023
+        chosen_B = stages.sample(logits_BV, lambda z: _draw(z[:, :vocab_size], seed_B, position, rule))  # noqa: B023
         is_open_B = (length_B <= position) & (completed_B == 0)
         tokens_BS[:, position] = torch.where(is_open_B, chosen_B, tokens_BS[:, position])
         num_new_B = position + 1 - length_B
         ends_B = is_open_B & (torch.isin(chosen_B, stop_ids) | (num_new_B >= rule.max_new_tokens))
         completed_B = torch.where(ends_B, num_new_B, completed_B)
+        # every stage sees the same broadcast tokens, so all ranks leave the loop together
         if bool((completed_B > 0).all()):
             break
         start = position
@@ -112,7 +112,7 @@ def _generate(
 
 
 class _Stages:
-    """One forward pass after the other through the pipeline stages, with a KV cache."""
+    """Decode passes through the pipeline stages with a KV cache."""
 
     def __init__(self, model, groups: ModelGroups, num_sequences: int, max_length: int):
         self._model, self._groups, self._num_sequences = model, groups, num_sequences
@@ -120,25 +120,26 @@ class _Stages:
         self._p2p = P2PCommunicator(groups.pg.pp, model.config) if groups.layout.pp_size > 1 else None
 
     def forward(self, ids_BS: Tensor, start: int) -> Tensor | None:
-        """[B, V] logits of the last position on the last stage, ``None`` elsewhere."""
+        """Return [B, V] logits of the last position on the last stage, ``None`` elsewhere."""
         num_positions = ids_BS.shape[1]
         position_ids_BS = torch.arange(start, start + num_positions, device=ids_BS.device).expand_as(ids_BS)
         if self._p2p is not None:
             shape = (num_positions, self._num_sequences, self._model.config.hidden_size)
             self._model.set_input_tensor(self._p2p.recv_forward(shape, self._groups.is_first_stage))
-        # one new token may look at everything before it; a whole prompt is masked causally by the model itself
+        # prefill: the model applies its causal mask; decode: one query attends to all cached positions, none is masked
         mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids_BS.device) if start else None
         output = self._model(
             ids_BS, position_ids_BS, mask, inference_context=self._context, runtime_gather_output=True
         )
         if self._p2p is not None:
-            self._p2p.send_forward(output, self._groups.is_last_stage)
+            self._p2p.send_forward(output, self._groups.is_last_stage)  # a no-op on the last stage
         self._context.increment_sequence_len_offset(num_positions)
+        # every pass after the first decodes one token; enabling the mode again is a no-op
         self._context.enable_decode_mode()
         return output[:, -1] if self._groups.is_last_stage else None
 
-    def agree_on(self, logits_BV: Tensor | None, draw) -> Tensor:
-        """[B] tokens drawn by the last stage, on every stage."""
+    def sample(self, logits_BV: Tensor | None, draw) -> Tensor:
+        """Sample [B] tokens on the last stage and broadcast them to every stage."""
         device = next(self._model.parameters()).device
         chosen_B = torch.empty(self._num_sequences, dtype=torch.long, device=device)
         if logits_BV is not None:
@@ -151,6 +152,7 @@ class _Stages:
 
 def _draw(logits_BV: Tensor, seed_B: Tensor, position: int, rule: SamplingRule) -> Tensor:
     log_probs_BV = (logits_BV.float() / rule.temperature).log_softmax(-1)
+    # top-k before top-p, as SGLang and transformers do: top-p counts the mass of what top-k has kept
     if 0 < rule.top_k < log_probs_BV.shape[-1]:
         least_B1 = log_probs_BV.topk(rule.top_k).values[:, -1:]
         log_probs_BV = log_probs_BV.masked_fill(log_probs_BV < least_B1, -torch.inf)

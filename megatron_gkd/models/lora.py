@@ -1,8 +1,8 @@
-"""Low-rank adapters on Megatron's linear layers: W x + scale B A x, with W frozen.
+"""LoRA on Megatron's parallel linear layers: W x + scale B A x, with W frozen.
 
-A layer keeps its class and its parameters' names; it gets a submodule ``adapter``, and its forward adds what that returns.
-Only r numbers per token cross between tensor-parallel ranks, and merging needs no communication: A or B is whole where
-the layer's other side is split.
+A layer keeps its class and its parameter names, gets a submodule ``adapter`` and adds the adapter's output to its own.
+Column-parallel layers replicate A and split B by rows; row-parallel layers split A by columns and replicate B. So only R
+numbers per token are communicated between tensor-parallel ranks, and merging needs no communication.
 
 Shapes: S = positions, B = sequences, I = inputs and O = outputs of the layer on this rank, R = rank of the adapter.
 """
@@ -20,7 +20,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_gkd.models.chunks import LocalModel, chunks_of
+from megatron_gkd.models.gpt import LocalModel, chunks_of
 from megatron_gkd.parallel.groups import ModelGroups
 
 _COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
@@ -28,13 +28,13 @@ _COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """What adapters a model has.
+    """Rank, scale, dropout and target layers of a model's adapters.
 
     Attributes:
         rank: Rows of A and columns of B.
         alpha: The scale is alpha / rank.
-        dropout: Probability that an input of A is left out in training.
-        targets: Names of the linear layers that have one.
+        dropout: Dropout probability of the inputs of A in training.
+        targets: Names of the linear layers with an adapter.
     """
 
     rank: int
@@ -43,7 +43,7 @@ class LoraSpec:
     targets: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The fields as JSON values, for a checkpoint's manifest."""
         return {**asdict(self), "targets": list(self.targets)}
 
     @classmethod
@@ -53,16 +53,13 @@ class LoraSpec:
 
 
 class Adapter(torch.nn.Module):
-    """scale B A x beside one linear layer.
-
-    Column-parallel layers have all of A and their rows of B on every rank, row-parallel ones their columns of A and all
-    of B.
+    """The adapter of one linear layer: scale B A x.
 
     Args:
         target: Name of the layer.
-        weight_OI: This rank's part of its weight.
+        weight_OI: This rank's shard of the layer's weight.
         spec: Rank, alpha and dropout.
-        config: The model's configuration.
+        config: The model's ``TransformerConfig``.
         group: Tensor-parallel group.
     """
 
@@ -83,22 +80,23 @@ class Adapter(torch.nn.Module):
         )
         tensor_parallel.set_tensor_model_parallel_attributes(split, True, dim, 1)
         marked: Any = whole
-        # its gradient is that of this rank's part of the sequence; finalize_model_grads adds them up
+        # with sequence parallelism each rank has the gradient of its part of the sequence; finalize_model_grads sums
+        # the gradients of parameters with this attribute over the tensor-parallel group
         marked.sequence_parallel = self._sequence_parallel
 
     def forward(self, x_SBI: Tensor) -> Tensor:
-        """[S, B, O] to be added to the layer's output, split as that is."""
-        # the default generator is in the same state on all tensor-parallel ranks, so they drop the same inputs
+        """Return [S, B, O] to add to the layer's output, split in the same way."""
+        # the default generator has the same state on all tensor-parallel ranks, so they drop the same inputs
         hidden_SBR = functional.linear(functional.dropout(x_SBI, self.dropout, self.training), self.lora_A)
         return functional.linear(self._cross(hidden_SBR), self.lora_B) * self.scale
 
     def delta(self) -> Tensor:
-        """[O, I] scale B A of this rank's part of the weight, fp32 (fp64 for fp64 adapters)."""
+        """Return [O, I] scale B A for this rank's shard of the weight, fp32 (fp64 for fp64 adapters)."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         return self.lora_B.to(dtype) @ self.lora_A.to(dtype) * self.scale
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None) -> dict[str, Any]:
-        """A and B as parts of the whole model's, for dist_checkpointing."""
+        """Return A and B as sharded tensors for dist_checkpointing."""
         axes = {"lora_B": 0} if self.splits_outputs else {"lora_A": 1}
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
@@ -109,12 +107,13 @@ class Adapter(torch.nn.Module):
             dp_cp_group=(metadata or {})["dp_cp_group"],
         )
         if self._holds_gate_and_up:
+            # a rank's rows are cat(gate, up) of its shard, so they are two intervals of the full tensor
             name = f"{prefix}lora_B"
             state[name] = apply_swiglu_sharded_factory(state[name], sharded_offsets)
         return state
 
     def _cross(self, hidden_SBR: Tensor) -> Tensor:
-        """From the split of A x to that of its use by B."""
+        """Communicate A x from the split of the layer's input to the split that B expects."""
         region = {
             (True, False): tensor_parallel.copy_to_tensor_model_parallel_region,
             (True, True): tensor_parallel.gather_from_sequence_parallel_region,
@@ -125,7 +124,7 @@ class Adapter(torch.nn.Module):
 
 
 def attach_adapters(model: LocalModel, spec: LoraSpec, groups: ModelGroups) -> None:
-    """Put an adapter beside every target; A and B are zero, and the model computes what it did before."""
+    """Add a zero adapter to every target layer; the model's outputs do not change."""
     for _, target, layer in _layers(model, spec.targets):
         layer.add_module(
             "adapter", Adapter(target, layer.weight, spec, config=model.config, group=groups.pg.tp)
@@ -136,14 +135,14 @@ def attach_adapters(model: LocalModel, spec: LoraSpec, groups: ModelGroups) -> N
 
 
 def attached_spec(model: LocalModel) -> LoraSpec | None:
-    """What adapters the model has, if any."""
+    """The spec of the model's adapters, ``None`` without adapters."""
     return getattr(model, "lora", None)
 
 
 def start_training_adapters(model: LocalModel, groups: ModelGroups, *, seed: int) -> None:
-    """Freeze all weights but the adapters', and draw every A; B stays zero.
+    """Freeze all weights except the adapters and initialize every A; B stays zero.
 
-    A is uniform in +-1 / sqrt(inputs), as PEFT draws it, and depends on seed, layer and target alone, not on the layout.
+    A is uniform in +-1 / sqrt(inputs), as in PEFT. It depends on seed, layer and target only, not on the layout.
     """
     spec = attached_spec(model)
     assert spec is not None  # attach_adapters comes first
@@ -151,24 +150,25 @@ def start_training_adapters(model: LocalModel, groups: ModelGroups, *, seed: int
     for number, target, layer in _layers(model, spec.targets):
         layer.adapter.requires_grad_(True)
         split = 1 if layer.adapter.splits_outputs else groups.layout.tp_size
+        # every rank draws the full A and takes its columns, which makes the values independent of the layout
         full_RI = _draw_uniform(spec.rank, layer.weight.shape[1] * split, f"{seed}/{number}/{target}")
         layer.adapter.lora_A.data.copy_(full_RI.chunk(split, dim=1)[groups.tp_rank % split])
 
 
 def merged_parameters(model: LocalModel) -> Mapping[str, Tensor]:
-    """The model's weights by name, each with what its adapter adds; made when asked for, always the present ones."""
+    """Lazy view of the model's weights by name, each with its adapter's current delta added."""
     return _MergedParameters(model)
 
 
 def merge_adapters(model: LocalModel) -> None:
-    """Add the adapters to the weights and remove them."""
+    """Add the adapters' deltas to the weights and remove the adapters."""
     merged, spec = merged_parameters(model), attached_spec(model)
-    assert spec is not None  # there are adapters to merge
+    assert spec is not None  # the caller has checked attached_spec
     parameters = dict(model.named_parameters())
     for name, weight in merged.items():
         parameters[name].data.copy_(weight)
     for _, _, layer in _layers(model, spec.targets):
-        del layer.adapter, layer.forward, layer.sharded_state_dict
+        del layer.adapter, layer.forward, layer.sharded_state_dict  # the class's own methods show again
     del model.lora
 
 
@@ -187,7 +187,7 @@ class _MergedParameters(Mapping[str, Tensor]):
         if name not in self._adapters:
             return weight
         delta = self._adapters[name].delta()
-        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)  # rounded to bf16 once
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -197,7 +197,7 @@ class _MergedParameters(Mapping[str, Tensor]):
 
 
 def _layers(model: LocalModel, targets: Sequence[str]) -> Iterator[tuple[int, str, Any]]:
-    """(number in the whole model, target, linear layer) of this rank's targets."""
+    """Yield (global layer number, target, linear layer) for this rank's target layers."""
     blocks: list[Any] = [block for chunk in chunks_of(model) for block in chunk.decoder.layers]
     for block in blocks:
         for target in targets:
@@ -206,7 +206,7 @@ def _layers(model: LocalModel, targets: Sequence[str]) -> Iterator[tuple[int, st
 
 
 def _call_adapter(layer: Any) -> None:
-    """Let the layer's forward and its sharded state dict take the adapter along."""
+    """Include the adapter in the layer's forward and in its sharded state dict."""
     forward, sharded_state_dict = layer.forward, layer.sharded_state_dict
 
     def forward_with_adapter(self, input_, *args, **kwargs):
@@ -214,7 +214,7 @@ def _call_adapter(layer: Any) -> None:
         return output + self.adapter(_linear_input(self, input_)), bias
 
     def sharded_with_adapter(self, prefix="", sharded_offsets=(), metadata=None):
-        # the layer's own method lists the adapter too, as if it were not split
+        # the layer's own method includes the adapter as if it were replicated; the update overwrites those entries
         state = sharded_state_dict(prefix, sharded_offsets, metadata)
         return {**state, **self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata)}
 
@@ -223,7 +223,7 @@ def _call_adapter(layer: Any) -> None:
 
 
 def _linear_input(layer: Any, input_: Tensor) -> Tensor:
-    """What the matrix is multiplied with: Transformer Engine keeps the norm before it in the same layer."""
+    """The input of the matrix product; Transformer Engine fuses the preceding norm into the layer."""
     norm_weight = getattr(layer, "layer_norm_weight", None)
     if norm_weight is None:
         return input_

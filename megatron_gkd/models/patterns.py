@@ -1,7 +1,7 @@
-"""Which weights of a model a glob pattern means; imports no torch, so that a typing error is found before a run starts.
+"""Resolve glob patterns to the weights of a model, without torch so that ``--check`` can use it.
 
-A pattern is compared with the Hugging Face names and with Megatron's, both with the layer's number in the whole model.
-Megatron keeps q, k and v in one parameter, and gate and up in one: a Hugging Face name is a part of it.
+A pattern is matched against the Hugging Face names and against Megatron's, both with global layer numbers. Megatron
+fuses q, k and v into one parameter, and gate and up into one, so several Hugging Face tensors form one parameter.
 """
 
 import difflib
@@ -24,8 +24,8 @@ class Weight:
     """One weight of the whole model.
 
     Attributes:
-        megatron: Its names in Megatron: the first with plain torch layers, further ones with Transformer Engine.
-        hf: Hugging Face tensors that it consists of.
+        megatron: Its names in Megatron: first with plain torch layers, then with Transformer Engine.
+        hf: The Hugging Face tensors that it contains.
     """
 
     megatron: tuple[str, ...]
@@ -33,7 +33,7 @@ class Weight:
 
 
 def all_weights(shapes: HfShapes) -> list[Weight]:
-    """Every weight of a model, in the order of the layers; the head of a tied model is its embedding."""
+    """All weights of a model in layer order; a tied LM head is listed as the embedding only."""
     family = family_of(shapes.model_type)
     outer = [
         Weight(w.megatron, w.hf) for w in family.outer if not (shapes.tied and w.hf == ("lm_head.weight",))
@@ -47,10 +47,10 @@ def all_weights(shapes: HfShapes) -> list[Weight]:
 
 
 def check_patterns(config: GkdConfig) -> None:
-    """Refuse patterns of weights that the student does not have.
+    """Check the patterns of ``student.freeze`` and ``optim.no_weight_decay`` against the student.
 
     Raises:
-        ConfigError: Names the key, the pattern and near names.
+        ConfigError: A pattern matches nothing; the message lists close names.
     """
     shapes = load_hf_shapes(config.student.hf_folder)
     frozen_tensors(config.student, shapes)
@@ -58,10 +58,10 @@ def check_patterns(config: GkdConfig) -> None:
 
 
 def frozen_tensors(config: StudentConfig, shapes: HfShapes) -> frozenset[str]:
-    """Hugging Face names of the tensors that are not trained.
+    """Hugging Face names of the frozen tensors.
 
     Raises:
-        ConfigError: A pattern of ``student.freeze`` matches nothing or a part of a parameter, or nothing is left.
+        ConfigError: A pattern of ``student.freeze`` matches nothing or part of a fused parameter, or all are frozen.
     """
     frozen = resolve_patterns("student.freeze", config.freeze, shapes)
     if all(name in frozen for weight in all_weights(shapes) for name in weight.hf):
@@ -72,7 +72,7 @@ def frozen_tensors(config: StudentConfig, shapes: HfShapes) -> frozenset[str]:
 
 
 def summarise(tensors: Collection[str]) -> str:
-    """The tensors by kind, with the number of layers: ``model.layers.*.mlp.up_proj.weight (4)``."""
+    """Tensor names with their layer count, such as ``model.layers.*.mlp.up_proj.weight (4)``."""
     kinds = Counter(_any_layer(name) for name in sorted(tensors))
     return ", ".join(f"{kind} ({count})" if "*" in kind else kind for kind, count in kinds.items())
 
@@ -81,25 +81,26 @@ def undecayed_tensors(config: OptimConfig, shapes: HfShapes) -> frozenset[str]:
     """Hugging Face names of the tensors without weight decay.
 
     Raises:
-        ConfigError: A pattern of ``optim.no_weight_decay`` matches nothing, or a part of a parameter.
+        ConfigError: A pattern of ``optim.no_weight_decay`` matches nothing or part of a fused parameter.
     """
-    defaults = OptimConfig.model_fields["no_weight_decay"].default  # not every model has biases
+    # the default patterns name biases, which Llama and Qwen3 do not have
+    defaults = OptimConfig.model_fields["no_weight_decay"].default
     return resolve_patterns("optim.no_weight_decay", config.no_weight_decay, shapes, may_miss=defaults)
 
 
 def resolve_patterns(
     key: str, patterns: Sequence[str], shapes: HfShapes, *, may_miss: Collection[str] = ()
 ) -> frozenset[str]:
-    """Hugging Face names of all tensors that ``patterns`` mean.
+    """Hugging Face names of all tensors matched by ``patterns``.
 
     Args:
-        key: The configuration's key, for messages.
+        key: Configuration key for error messages.
         patterns: Glob patterns.
         shapes: Sizes of the model.
-        may_miss: Patterns that need not match anything.
+        may_miss: Patterns that may match nothing.
 
     Raises:
-        ConfigError: A pattern matches nothing, or the patterns match only a part of a parameter.
+        ConfigError: A pattern matches nothing, or the patterns match only part of a fused parameter.
     """
     found = {pattern: _matches(pattern, shapes) for pattern in patterns}
     together = frozenset().union(*found.values())
@@ -114,6 +115,7 @@ def _matches(pattern: str, shapes: HfShapes) -> set[str]:
     found: set[str] = set()
     for weight in all_weights(shapes):
         if any(fnmatchcase(name, pattern) for name in weight.megatron):
+            # requires_grad and weight decay are set per Megatron parameter, so its name selects all of its tensors
             found.update(weight.hf)
         found.update(name for name in weight.hf if fnmatchcase(name, pattern))
     return found
@@ -128,7 +130,7 @@ def _explain_no_match(pattern: str, shapes: HfShapes) -> str:
 
 
 def _explain_parts(found: frozenset[str], shapes: HfShapes) -> Iterator[str]:
-    """One sentence per kind of parameter, not per layer."""
+    """Yield one message per fused parameter that is matched in part, not one per layer."""
     seen: set[str] = set()
     for weight in all_weights(shapes):
         missing = [name for name in weight.hf if name not in found]

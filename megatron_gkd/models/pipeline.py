@@ -1,4 +1,4 @@
-"""Run a model through Megatron's schedules: forward only, or forward and backward with a loss.
+"""Run a model through Megatron's pipeline schedules: training, evaluation, or hidden states only.
 
 Shapes: B = sequences of a micro-batch, S = positions, H = hidden, T = rows under a mask.
 """
@@ -13,8 +13,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from megatron_gkd.models.chunks import LocalModel, chunks_of
-from megatron_gkd.models.gpt import select_rows
+from megatron_gkd.models.gpt import LocalModel, chunks_of, select_rows
 from megatron_gkd.parallel.groups import ModelGroups
 
 LossFunction = Callable[[Tensor, Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -28,34 +27,35 @@ def train_schedule(
     micro_batches: Sequence[Any],
     loss: LossFunction,
 ) -> list[dict[str, Tensor]]:
-    """Forward and backward over all micro-batches; gradients are finished (reduced, divided by the token count).
+    """Run forward and backward over all micro-batches and finalize the gradients.
+
+    Finalized: reduced over all ranks and divided by the global number of loss tokens.
 
     Args:
         chunks: The DDP-wrapped model, one entry per chunk of this rank.
         config: Its TransformerConfig.
-        groups: Its layout and groups.
-        micro_batches: Objects with ``tokens_BS`` and ``position_ids_BS``, all of one shape. With several chunks their
-            number is a multiple of the pipeline stages.
+        groups: Its layout and process groups.
+        micro_batches: Objects with ``tokens_BS`` and ``position_ids_BS``, all of one shape. With virtual stages their
+            number must be a multiple of the pipeline-parallel size.
         loss: Called on the last stage.
 
     Returns:
-        One report per micro-batch on the last stage, nothing elsewhere.
+        One report per micro-batch on the last stage, an empty list elsewhere.
     """
-
     return _run(chunks, config, groups, micro_batches, _with_loss(loss), forward_only=False)
 
 
 def evaluate_schedule(
     model: LocalModel, config: Any, groups: ModelGroups, micro_batches: Sequence[Any], loss: LossFunction
 ) -> list[dict[str, Tensor]]:
-    """As ``train_schedule``, forward only and in evaluation mode; no gradient is touched."""
+    """Run the forward passes of ``train_schedule`` in evaluation mode, without gradients."""
     with evaluation_mode(model):
         return _run(chunks_of(model), config, groups, micro_batches, _with_loss(loss), forward_only=True)
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Neither gradients nor dropout inside; the model's mode comes back after it."""
+    """Disable gradients and dropout, and restore the model's mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -68,22 +68,23 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 def forward_rows(
     model: LocalModel, config: Any, groups: ModelGroups, micro_batches: Sequence[Any]
 ) -> list[Tensor]:
-    """Hidden states of the rows under each micro-batch's ``loss_mask_BS``; no gradient.
+    """Compute hidden states of the rows under each micro-batch's ``loss_mask_BS``, without gradients.
 
     Args:
         model: This rank's part of the model.
         config: Its TransformerConfig.
-        groups: Its layout and groups.
+        groups: Its layout and process groups.
         micro_batches: Dataclass objects with ``tokens_BS``, ``position_ids_BS`` and ``loss_mask_BS``, all of one shape.
 
     Returns:
-        [T, H] per micro-batch on every rank of the last stage, nothing elsewhere.
+        [T, H] per micro-batch on every rank of the last stage, an empty list elsewhere.
     """
 
     def forward_step(iterator, module):
         micro_batch = next(iterator)
         output = _forward(module, micro_batch)
 
+        # collect_non_loss_data makes the schedule call the loss function with non_loss_data=True and keep its result
         def rows(hidden_BSH, non_loss_data=True):
             return select_rows(
                 hidden_BSH,
@@ -109,7 +110,8 @@ def forward_rows(
 
 
 def _fill_last_group(micro_batches: Sequence[Any], groups: ModelGroups) -> list[Any]:
-    """The interleaved schedule takes micro-batches in groups, one per pipeline stage; the added ones have no rows."""
+    """Append micro-batches with an empty mask up to a multiple of the pipeline-parallel size."""
+    # the interleaved schedule refuses a last group smaller than the pipeline (megatron-core 0.16.1, schedules.py:1008)
     missing = -len(micro_batches) % groups.layout.pp_size if groups.layout.vpp_size > 1 else 0
     last = micro_batches[-1]
     return [*micro_batches, *[replace(last, loss_mask_BS=torch.zeros_like(last.loss_mask_BS))] * missing]
@@ -126,14 +128,14 @@ def _with_loss(loss: LossFunction) -> Callable[..., Any]:
 
 def _forward(model: torch.nn.Module, micro_batch: Any) -> Tensor:
     device = next(model.parameters()).device
-    # causal attention and right padding need no mask
+    # no attention mask: attention is causal and the padding is on the right
     return model(micro_batch.tokens_BS.to(device), micro_batch.position_ids_BS.to(device), None)
 
 
 def _run(
     chunks: Sequence[torch.nn.Module], config, groups: ModelGroups, micro_batches, forward_step, **options
 ) -> list:
-    # get_forward_backward_func() would decide by the global pipeline size; this model may have its own
+    # get_forward_backward_func() reads the global pipeline size of parallel_state; the teacher has its own layout
     if groups.layout.pp_size == 1:
         schedule = schedules.forward_backward_no_pipelining
     else:
@@ -143,6 +145,7 @@ def _run(
             if groups.layout.vpp_size > 1
             else schedules.forward_backward_pipelining_without_interleaving
         )
+    # Megatron sizes its receive buffers from these two numbers, so all micro-batches have one shape
     num_sequences, seq_length = micro_batches[0].tokens_BS.shape
     return schedule(
         forward_step_func=forward_step,

@@ -1,13 +1,18 @@
-"""From the sizes in config.json and the layout to Megatron's TransformerConfig."""
+"""Megatron's TransformerConfig and rotary frequencies for the sizes in config.json.
 
+Shapes: F = rotary frequencies, half of the head dimension.
+"""
+
+import math
 from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
+from torch import Tensor
 
 from megatron_gkd.config import RecomputeConfig
-from megatron_gkd.config.hf_shapes import HfShapes
+from megatron_gkd.config.hf_shapes import HfShapes, Llama3Scaling
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.platform.kernels import Kernels
 
@@ -22,7 +27,7 @@ def transformer_config(
     kernels: Kernels,
     on_cpu: bool,
 ) -> TransformerConfig:
-    """Megatron's description of a dense Llama-like model."""
+    """``TransformerConfig`` of a dense Llama-like model."""
     has_te = kernels.transformer_engine
     is_interleaved = groups.layout.vpp_size > 1
     return TransformerConfig(
@@ -44,21 +49,24 @@ def transformer_config(
         tensor_model_parallel_size=groups.layout.tp_size,
         pipeline_model_parallel_size=groups.layout.pp_size,
         virtual_pipeline_model_parallel_size=groups.layout.vpp_size if is_interleaved else None,
-        # two stages that exchange several tensors at a time mix them up if they are sent as one batch: wrong losses
+        # With virtual stages and PP = 2 two tensors travel between the same pair of ranks at a time, and batched p2p
+        # mixes them up: wrong losses and gradients without an error (megatron-core 0.16.1 on gloo).
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        # finalize_model_grads divides by the global number of loss tokens; the schedule would otherwise average the
+        # micro-batches, whatever their token counts
         calculate_per_token_loss=True,
         **_recompute_options(recompute),
-        # weights are always loaded, never drawn
+        # Weights are always loaded. False on a CPU logs "CPU RNG state changed within GPU RNG context" for each layer.
         use_cpu_initialization=on_cpu,
         perform_initialization=False,
         attention_backend=AttnBackend[kernels.attention],
         gradient_accumulation_fusion=kernels.apex_gradient_fusion,
-        # fusions need torch.compile or CUDA kernels; they change no result
+        # the fusions need torch.compile or CUDA kernels and change no result
         bias_activation_fusion=not on_cpu,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
@@ -79,3 +87,19 @@ def _recompute_options(recompute: RecomputeConfig) -> dict[str, Any]:
                 "recompute_method": recompute.method,
                 "recompute_num_layers": recompute.num_layers,
             }
+
+
+def rotary_frequencies(shapes: HfShapes) -> Tensor:
+    """[F] radians per position in fp32, plain or scaled as in Llama 3.1, as transformers computes them."""
+    exponent_F = torch.arange(0, shapes.head_dim, 2, dtype=torch.float32) / shapes.head_dim
+    frequency_F = 1.0 / shapes.rope_theta**exponent_F
+    return frequency_F if shapes.rope_scaling is None else _scale(frequency_F, shapes.rope_scaling)
+
+
+def _scale(frequency_F: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Divide low frequencies by ``factor``, keep high ones, interpolate linearly in between."""
+    # number of wavelengths in the original context
+    waves_F = scaling.original_max_position_embeddings * frequency_F / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept_F = ((waves_F - low) / (high - low)).clamp(0, 1)
+    return kept_F * frequency_F + (1 - kept_F) * frequency_F / scaling.factor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.data.sample import Batch, MicroBatch
-from megatron_gkd.models.chunks import LocalModel
+from megatron_gkd.models.gpt import LocalModel
 from megatron_gkd.models.pipeline import forward_rows
 from megatron_gkd.parallel.groups import Layout, ModelGroups
 from megatron_gkd.parallel.routing import plan_transfers, route_rows, share

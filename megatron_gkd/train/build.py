@@ -17,8 +17,14 @@ from megatron_gkd.config.model import ModelConfig
 from megatron_gkd.config.student import StudentConfig
 from megatron_gkd.config.teacher import MegatronTeacherConfig, NoTeacherConfig, ServerTeacherConfig
 from megatron_gkd.data.sample import Batch, MicroBatch
-from megatron_gkd.models.chunks import LocalModel, chunks_of
-from megatron_gkd.models.gpt import HiddenTap, ShardedModel, build_gpt, keep_graph_in_recompute
+from megatron_gkd.models.gpt import (
+    HiddenTap,
+    LocalModel,
+    ShardedModel,
+    build_gpt,
+    chunks_of,
+    keep_graph_in_recompute,
+)
 from megatron_gkd.models.lora import LoraSpec, attach_adapters, start_training_adapters
 from megatron_gkd.models.patterns import frozen_tensors, summarise, undecayed_tensors
 from megatron_gkd.optim.optimizer import build_optimizer, wrap_ddp

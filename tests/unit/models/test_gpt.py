@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_gkd.config.hf_shapes import load_hf_shapes
 from megatron_gkd.models.gpt import padded_vocab_size
-from megatron_gkd.models.rotary import rotary_frequencies
+from megatron_gkd.models.transformer import rotary_frequencies
 from tests.unit.config.conftest import write_hf_config
 
 LLAMA_32 = {  # the numbers of Llama 3.2
