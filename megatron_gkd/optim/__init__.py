@@ -1,1 +1,1 @@
-"""Megatron's optimizer and learning-rate schedule, built from plain values."""
+"""Megatron's DDP, optimizer, optimizer state and learning-rate schedule."""

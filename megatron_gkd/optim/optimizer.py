@@ -1,6 +1,12 @@
-"""Megatron's DDP wrapper and its optimizers, and the question that every rank must answer alike: are the gradients finite?"""
+"""Megatron's DDP wrapper and optimizer, and operations on the gradient buffers.
 
-from collections.abc import Collection, Sequence
+Megatron's DDP sums a parameter's gradients over the micro-batches in ``parameter.main_grad``, in fp32. Checked with
+megatron-core 0.16.1.
+
+Shapes: V = vocabulary entries held by this rank, H = hidden size.
+"""
+
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -27,17 +33,20 @@ from megatron_gkd.parallel.groups import ModelGroups
 def wrap_ddp(
     chunks: Sequence[GPTModel], groups: ModelGroups, config: OptimConfig
 ) -> list[DistributedDataParallel]:
-    """Data parallelism with gradients summed in fp32, for each chunk of this rank's model."""
-    # calculate_per_token_loss: gradients are summed here and divided by the global token count when finished
+    """Wrap each chunk of this rank's model in Megatron's DDP, with fp32 gradients."""
+    # With calculate_per_token_loss DDP sums over ranks instead of averaging, and finalize_model_grads divides by the
+    # global number of loss tokens. Megatron's own NaN check raises on one rank while the others enter the next
+    # collective, so it is off: all ranks agree on has_finite_gradients before the update.
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=False,
         use_distributed_optimizer=config.use_distributed_optimizer,
         overlap_grad_reduce=config.overlap_grad_reduce,
     )
-    config_of_model: Any = chunks[0].config  # one object for all chunks
+    config_of_model: Any = chunks[0].config  # shared by all chunks
     ddp = [
-        # the first chunk is the last one in the backward pass: only its sums have nothing to hide behind
+        # as in Megatron's training.py: no buckets from the second chunk on, since their all-reduce overlaps with the
+        # backward pass of the earlier chunks anyway
         DistributedDataParallel(
             config_of_model, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups.pg
         )
@@ -45,7 +54,7 @@ def wrap_ddp(
     ]
     config_of_model.finalize_model_grads_func = finalize_model_grads
     if config.overlap_grad_reduce:
-        # sums start with the last micro-batch, not with each
+        # the all-reduce starts in the last micro-batch instead of in each
         no_sync = [chunk.no_sync for chunk in ddp]
         config_of_model.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return ddp
@@ -58,13 +67,13 @@ def build_optimizer(
     dtype: torch.dtype,
     undecayed: Collection[Tensor] = (),
 ) -> MegatronOptimizer:
-    """Megatron's optimizer; fp32 main parameters where the model is bf16. Collective over all ranks.
+    """Build Megatron's optimizer, with fp32 main parameters for a bf16 model. Collective over all ranks.
 
     Args:
-        ddp: The wrapped model; parameters that need no gradient get no state.
-        groups: Its layout and groups.
-        config: What to build.
-        dtype: Number format of the parameters.
+        ddp: The wrapped model; parameters with ``requires_grad=False`` get no state.
+        groups: Its layout and process groups.
+        config: Optimizer settings.
+        dtype: Parameter dtype.
         undecayed: Parameters without weight decay.
     """
     optimizer_config = OptimizerConfig(
@@ -82,6 +91,7 @@ def build_optimizer(
         params_dtype=dtype,
     )
     chunks: list[Any] = ddp
+    # contains all_gather_object over the world group (optimizer/__init__.py:181), so no rank may skip the call
     optimizer = get_megatron_optimizer(
         optimizer_config,
         chunks,
@@ -105,7 +115,8 @@ def _without_decay(parameters: Collection[Tensor]) -> dict[ParamKey, ParamGroupO
 
 
 def _prepare_sgd_state(optimizer: MegatronOptimizer, momentum: float) -> None:
-    """Make SGD's state before a checkpoint is loaded into it, which Megatron does for Adam alone."""
+    """Allocate SGD's momentum, so that a checkpoint can be loaded into it."""
+    # Megatron 0.16.1 has an init_state_fn for Adam only; for SGD it is None, and loading calls it
     inner: Any = optimizer
     for part in inner.chained_optimizers:
         part.init_state_fn = lambda *_: None
@@ -113,12 +124,12 @@ def _prepare_sgd_state(optimizer: MegatronOptimizer, momentum: float) -> None:
             continue
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
-                # from zero, the first step is the gradient, as torch makes it
+                # with a zero buffer the first update is the gradient, as in torch without a buffer
                 part.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def zero_gradients(ddp: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
-    """Clear Megatron's gradient buffers and the optimizer's references to them."""
+    """Zero DDP's gradient buffers and the optimizer's gradients."""
     for chunk in ddp:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -126,5 +137,31 @@ def zero_gradients(ddp: Sequence[DistributedDataParallel], optimizer: MegatronOp
 
 def has_finite_gradients(ddp: Sequence[DistributedDataParallel]) -> bool:
     """Whether every gradient held by this rank is finite; one pass over the buffers."""
-    chunks: Sequence[Any] = ddp  # ``buffers`` is Megatron's own, not torch's method of that name
+    chunks: Sequence[Any] = ddp  # for pyright ``buffers`` is the method of torch.nn.Module
+    # a sum is NaN or infinite if any element is, and needs no mask of the buffer's size
     return all(bool(torch.isfinite(b.grad_data.sum())) for chunk in chunks for b in chunk.buffers)
+
+
+def main_grad_adder(parameter: Tensor) -> Callable[[Tensor, Tensor], Tensor | None] | None:
+    """Return ``add(grad_VH, factor)``, which accumulates a gradient in ``main_grad``; ``None`` without DDP.
+
+    ``add`` overwrites ``grad_VH`` (contiguous, fp32) and returns the value for autograd in place of the gradient.
+    """
+    # Saves the copy of [V, H] that autograd would make and DDP's hook would add, and in bf16 its rounding. The hook runs
+    # after each backward pass (distributed_data_parallel.py:437, 0.16.1): with grad_added_to_main_grad it drops
+    # parameter.grad, unless zero_out_wgrad marks a weight that another layer of this stage uses, too (tied embedding).
+    megatron: Any = parameter
+    main_grad_VH = getattr(megatron, "main_grad", None)
+    if main_grad_VH is None or main_grad_VH.dtype != torch.float32 or parameter.element_size() > 4:
+        return None
+
+    def add(grad_VH: Tensor, factor: Tensor) -> Tensor | None:
+        megatron.main_grad.addcmul_(grad_VH, factor)
+        if getattr(megatron, "zero_out_wgrad", False):
+            # the embedding's gradient follows in the same backward pass, and the hook runs once, with it
+            return None
+        megatron.grad_added_to_main_grad = True
+        # with overlap_grad_reduce the hook asserts that there is a gradient; it is dropped, so any memory will do
+        return grad_VH.flatten().view(parameter.dtype)[: parameter.numel()].view_as(parameter)
+
+    return add

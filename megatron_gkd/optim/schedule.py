@@ -1,4 +1,4 @@
-"""Learning rate of an iteration: a function of its number alone, so a resumed run needs no stored schedule."""
+"""Learning-rate schedule as a function of the iteration alone, so a checkpoint needs no schedule state."""
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -9,10 +9,10 @@ _MEGATRON_STYLES = {"inverse_square_root": "inverse-square-root", "wsd": "WSD"}
 
 
 class LearningRateSchedule:
-    """Linear warm-up, then one of the decays of ``optim.decay_style`` to ``min_lr``, by Megatron's scheduler.
+    """Linear warmup, then decay to ``min_lr`` by ``optim.decay_style``, with Megatron's scheduler.
 
-    The first of the warm-up's iterations runs at ``lr / warmup``; the decay would reach ``min_lr`` one iteration
-    after the last, so no iteration is spent at a rate of zero.
+    The first warmup iteration runs at ``lr / warmup``, and ``min_lr`` would be reached one iteration after the last, so
+    no iteration has a rate of zero.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, config: OptimConfig, train_iters: int):
@@ -35,10 +35,11 @@ class LearningRateSchedule:
         )
 
     def set_iteration(self, iteration: int) -> float:
-        """Set the rate of the iteration with this index (from 0) in the optimizer and return it."""
+        """Set the learning rate for the 0-based ``iteration`` and return it."""
         for group in self._optimizer.param_groups:
-            # Megatron reads these first, and a checkpoint brings those of the run that wrote it
+            # Megatron's scheduler prefers these entries of the group, and a loaded checkpoint has overwritten them
+            # with the values of the run that saved it (optimizer_param_scheduler.py:223, 0.16.1)
             group["max_lr"], group["min_lr"] = self._config.lr, self._config.min_lr
-        self._scheduler.num_steps = 0
+        self._scheduler.num_steps = 0  # step() adds its argument to the count
         self._scheduler.step(iteration + 1)
         return self._optimizer.param_groups[0]["lr"]

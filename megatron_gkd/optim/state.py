@@ -1,7 +1,8 @@
-"""The optimizer's state to and from a checkpoint, in whatever layout; repairs what Megatron gets wrong with torch's Adam.
+"""Save and load the optimizer state in any layout, with workarounds for Megatron and torch's Adam.
 
-The state is saved parameter by parameter in the model's own shape, so that any tensor-, pipeline- and data-parallel layout
-can read it, with the plain and with the distributed optimizer. Checked with megatron-core 0.16.1.
+The state is saved per parameter in the parameter's global shape, so that any tensor-, pipeline- and data-parallel layout
+can load it, with the plain and with the distributed optimizer. All workarounds were checked with megatron-core 0.16.1 and
+are needed without Apex and Transformer Engine, where Megatron falls back to torch.optim.
 """
 
 from typing import Any
@@ -12,7 +13,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_gkd.parallel.collectives import reduce_values
 
-# Megatron's default for the distributed optimizer is a format that its own checkpoints no longer support
+# The default, "fully_sharded_model_space", needs ShardedTensor.flattened_range, which dist_checkpointing no longer
+# supports in 0.16.1. Saving and loading must use the same type.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _FP32_WEIGHTS = "fp32_from_fp16_params"
 
@@ -24,13 +26,13 @@ def sharded_optimizer_state(
     is_loading: bool = False,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The state as dist_checkpointing saves it, or with ``is_loading`` what it is to fill. Collective.
+    """Return the sharded state dict to save, or with ``is_loading`` the one to load into. Collective.
 
     Args:
         optimizer: Megatron's optimizer.
         sharded_weights: ``sharded_state_dict`` of the model.
         is_loading: The result is for loading.
-        device: Where the collective back end wants its tensors.
+        device: Device for collectives.
     """
     part = _megatron_optimizer(optimizer)
     _make_missing_state(part.optimizer)
@@ -43,12 +45,13 @@ def sharded_optimizer_state(
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Take over moments, step and fp32 weights; learning rate, decay and all other settings stay this run's own.
+    """Load moments, step and fp32 weights; learning rate, weight decay and other settings are kept.
 
     Args:
         optimizer: Megatron's optimizer.
-        state: What dist_checkpointing made of ``sharded_optimizer_state(..., is_loading=True)``.
+        state: ``sharded_optimizer_state(..., is_loading=True)`` after dist_checkpointing has loaded it.
     """
+    # load_state_dict overwrites the parameter groups, whose settings come from this run's configuration
     settings = [_settings_of(group) for group in optimizer.param_groups]
     part = _megatron_optimizer(optimizer)
     if isinstance(part, DistributedOptimizer):
@@ -62,7 +65,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
 
 
 def _megatron_optimizer(optimizer: MegatronOptimizer) -> Any:
-    """The one optimizer of a dense model; Megatron hands it over in a chain of length one."""
+    """The optimizer inside Megatron's ChainedOptimizer, which has one element for a dense model."""
     if not isinstance(optimizer, ChainedOptimizer):
         return optimizer
     (only,) = optimizer.chained_optimizers
@@ -70,16 +73,15 @@ def _megatron_optimizer(optimizer: MegatronOptimizer) -> Any:
 
 
 def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
-    # "step" is state: Transformer Engine's and Apex's Adam keep it there
+    # Transformer Engine's and Apex's Adam keep their step, which is state, in the group
     return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
 def _make_missing_state(adam: torch.optim.Optimizer | None) -> None:
-    """The state before the first step, as zeros; torch makes it only in that step, and Megatron asserts that it exists.
-
-    It is missing in a run that has just started, and in one whose updates were all skipped.
-    """
-    if not isinstance(adam, torch.optim.Adam):  # the base of AdamW
+    """Allocate zero moments and step for parameters without state."""
+    # torch allocates them in the first step, and DistributedOptimizer.state_dict asserts that they exist
+    # (distrib_optimizer.py:642). They are missing in a new run and in one whose updates were all skipped.
+    if not isinstance(adam, torch.optim.Adam):  # the base class of AdamW
         return
     for group in adam.param_groups:
         for parameter in group["params"]:
@@ -92,11 +94,9 @@ def _make_missing_state(adam: torch.optim.Optimizer | None) -> None:
 
 
 def _number_groups(state: dict[str, Any]) -> None:
-    """Name the groups of fp32 weights by their numbers, without the empty ones.
-
-    dist_checkpointing drops and merges elements of lists by position, and where a rank trains nothing of a group (its stage is
-    frozen) the positions of ranks differ: loading fails, or fills another group.
-    """
+    """Replace the list of fp32 weight groups by a dictionary without the empty groups."""
+    # dist_checkpointing drops empty list elements and merges lists of ranks by position. A rank whose stage is frozen has
+    # an empty group, its positions shift, and loading fails or silently fills another group.
     if _FP32_WEIGHTS in state:
         state[_FP32_WEIGHTS] = {i: group for i, group in enumerate(state[_FP32_WEIGHTS]) if group}
 
@@ -108,29 +108,27 @@ def _list_groups(state: dict[str, Any], num_groups: int) -> None:
 
 
 def _share_step(state: dict[str, Any], device: torch.device) -> None:
-    """Put the number of updates, which Adam needs, into the sharded state of every rank. Collective over all ranks.
-
-    A checkpoint keeps what rank 0 says, and rank 0 has none where its whole pipeline stage is frozen.
-    """
-    own = state.get("optimizer", state).get("state", {})  # one level deeper with bf16
+    """Add the number of updates to the state of every rank. Collective over all ranks."""
+    # dist_checkpointing saves unsharded values from rank 0 only, which has no step if its pipeline stage is frozen
+    own = state.get("optimizer", state).get("state", {})  # nested in "optimizer" by Float16Optimizer
     step = reduce_values([float(own.get("common_step", 0))], ["max"], device=device)[0]
     if step and "common_step" not in own:
         own["common_step"] = torch.tensor(step)
 
 
 def _add_step_zero(adam: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
-    """Megatron leaves a step of 0 out when it saves, and torch's Adam refuses a state without."""
+    """Add a step of 0 to a loaded state without one."""
+    # Megatron omits a step of 0 in the state that it saves, and torch's Adam refuses to load a state without a step
     if isinstance(adam, torch.optim.Adam):
-        # one level deeper beside fp32 main weights
+        # nested in "optimizer" by Float16Optimizer
         state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
 
 
 def _count_padding(optimizer: DistributedOptimizer) -> None:
-    """Let Megatron collect its buffers with their padding.
-
-    It collects them without, but then cuts the parameters out by their positions with it: from the second bucket on
-    (one is made for a tied embedding under pipeline parallelism) it would save moments of other parameters.
-    """
+    """Make Megatron gather its buffers including their padding."""
+    # It concatenates the buckets without padding but slices parameters by their padded positions
+    # (distrib_optimizer.py:1113, 0.16.1): from the second bucket on it saves moments of other parameters. A tied
+    # embedding under pipeline parallelism has a bucket of its own.
     for buffer in optimizer.buffers:
         buffer.numel_unpadded = buffer.numel
         for bucket in buffer.buckets:
@@ -142,10 +140,11 @@ def _load_distributed(optimizer: DistributedOptimizer, state: dict[str, Any]) ->
     moments = state.pop("param_state")
     optimizer.load_state_dict(state)  # settings and the step
     of_parameter = optimizer.optimizer.state
-    # Megatron copies every entry that the state has, and "step" is not stored by parameter: hide it meanwhile
+    # Megatron copies every entry of a parameter's state, but "step" is not stored per parameter (KeyError at :940)
     steps = {parameter: entry.pop("step", None) for parameter, entry in of_parameter.items()}
     optimizer.load_parameter_state_from_fully_reshardable(moments)
     for parameter, step in steps.items():
         if step is not None:
-            # Megatron gives all parameters the same tensor, which each of them would then count up
+            # load_state_dict assigns one step tensor to all parameters (:825), and each would increment it: after one
+            # update a resumed run counted 17 instead of 5
             of_parameter[parameter]["step"] = step.clone()

@@ -1,1 +1,1 @@
-"""Process groups, collectives and the routing of rows between models. The only owner of communication."""
+"""Process groups, collectives and the routing of rows between models; only this package creates groups."""

@@ -1,6 +1,6 @@
-"""The process in its job, layouts as frozen values, and the process groups that Megatron-Core needs for each model.
+"""This process in its job, parallel layouts of models, and their process groups.
 
-Ranks are numbered as Megatron does: tensor parallelism varies fastest, then data, then pipeline.
+Ranks are ordered as in Megatron-Core: tensor-parallel varies fastest, then data-parallel, then pipeline-parallel.
 """
 
 import datetime
@@ -14,16 +14,18 @@ import torch.distributed as dist
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import Kernels
 
+_COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
 
 @dataclass(frozen=True)
 class Job:
-    """This process in its job, and what it computes on.
+    """This process's rank in the job, and its device.
 
     Attributes:
         platform: Device and collective back end.
         kernels: Optional kernel libraries.
         rank: Rank in the job.
-        size: Ranks in the job.
+        size: Number of ranks in the job.
     """
 
     platform: Platform
@@ -38,12 +40,12 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """Device of this rank."""
         return self.platform.device
 
     @classmethod
     def of_process(cls, platform: Platform, kernels: Kernels) -> "Job":
-        """The place of this process as torchrun describes it; a job of one process without torchrun."""
+        """The job described by torchrun's environment, or a job of one process without torchrun."""
         if not dist.is_torchelastic_launched():
             return cls(platform, kernels, rank=0, size=1)
         return cls(platform, kernels, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
@@ -55,13 +57,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one model is spread over consecutive ranks.
+    """Parallel sizes of one model over consecutive ranks.
 
     Attributes:
         tp_size: Tensor-parallel size.
         pp_size: Pipeline-parallel size.
-        num_ranks: Ranks that carry the model, a multiple of ``tp_size * pp_size``.
-        vpp_size: Chunks of layers on every pipeline stage; stage p of chunk v comes behind the last stage of chunk v - 1.
+        num_ranks: Number of ranks that hold the model, a multiple of ``tp_size * pp_size``.
+        vpp_size: Virtual pipeline stages (chunks of layers) per rank; chunk v of stage 0 follows chunk v - 1 of the last.
     """
 
     tp_size: int
@@ -71,7 +73,7 @@ class Layout:
 
     @property
     def dp_size(self) -> int:
-        """Number of copies of the model."""
+        """Data-parallel size."""
         return self.num_ranks // (self.tp_size * self.pp_size)
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
@@ -84,7 +86,7 @@ class Layout:
         return tp_rank + self.tp_size * (dp_rank + self.dp_size * pp_rank)
 
     def last_stage_ranks(self, dp_rank: int) -> list[int]:
-        """Global ranks of the last pipeline stage of one copy, in tensor-parallel order."""
+        """Global ranks of the last pipeline stage of one replica, in tensor-parallel order."""
         return [
             self.rank_at(tp_rank=t, dp_rank=dp_rank, pp_rank=self.pp_size - 1) for t in range(self.tp_size)
         ]
@@ -92,13 +94,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class ModelGroups:
-    """One model's layout, and this rank's process groups in it.
+    """One model's layout with this rank's process groups and coordinates.
 
     Attributes:
-        layout: The layout.
+        layout: The model's layout.
         pg: Megatron's ``ProcessGroupCollection``.
         tp_rank: This rank's tensor-parallel index.
-        dp_rank: This rank's copy of the model.
+        dp_rank: This rank's data-parallel index.
         pp_rank: This rank's pipeline stage.
     """
 
@@ -115,36 +117,31 @@ class ModelGroups:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the final norm (and the head, if any)."""
+        """Whether this rank holds the final norm and, unless headless, the LM head."""
         return self.pp_rank == self.layout.pp_size - 1
 
 
-def init_distributed(backend: str, timeout_s: float = 1800.0) -> None:
-    """Join the job's process group, as described by torchrun's environment."""
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
-
-
 def init_single_process(backend: str) -> None:
-    """A job of one rank, for tools that are started without torchrun; opens no port."""
+    """Initialize a process group of one rank, for commands started without torchrun."""
+    # an in-process store opens no port, which env:// would
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  (documented, not in __all__)
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def join_job(backend: str) -> None:
-    """The process group of a command: all ranks that torchrun started, or this process alone."""
+    """Initialize the process group: all ranks started by torchrun, or this process alone."""
     if dist.is_torchelastic_launched():
-        init_distributed(backend)
+        # generation and the teacher may keep ranks waiting in a collective for minutes, so no shorter than this
+        dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
     else:
         init_single_process(backend)
 
 
 def init_student_groups(tp_size: int, pp_size: int, seed: int, vpp_size: int = 1) -> ModelGroups:
-    """Process groups of the student on all ranks, through Megatron's global state. Collective.
-
-    Megatron needs its global state even where every group is passed explicitly (its memory buffer and random
-    number tracker live there), so the student owns it and other models bring their own groups. The number of chunks
-    stays out of it: it would hold for all models.
-    """
+    """Create the student's process groups in Megatron's ``parallel_state``. Collective over all ranks."""
+    # Megatron 0.16.1 needs parallel_state even if every group is passed explicitly: its memory buffer
+    # (dot_product_attention.py:189) and its RNG tracker are global. So the student, the only model that trains, uses it,
+    # and other models get groups of their own. The virtual pipeline size is not set there, as it would apply to all models.
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -155,31 +152,12 @@ def init_student_groups(tp_size: int, pp_size: int, seed: int, vpp_size: int = 1
     return ModelGroups(layout, pg, *_coordinates(layout))
 
 
-def destroy_student_groups() -> None:
-    """Undo ``init_student_groups``, so that another layout can be tried in the same process. Collective."""
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    parallel_state.destroy_model_parallel()
-    destroy_groups(groups)
-
-
-def destroy_groups(pg: Any) -> None:
-    """Close every process group of a ``ProcessGroupCollection``; each one left open keeps a thread and its sockets."""
-    values = [
-        group for value in vars(pg).values() for group in (value if isinstance(value, list) else [value])
-    ]
-    for group in {id(group): group for group in values if isinstance(group, dist.ProcessGroup)}.values():
-        if group is not dist.group.WORLD and dist.get_process_group_ranks(group):
-            dist.destroy_process_group(group)
-
-
 def make_model_groups(tp_size: int, pp_size: int) -> ModelGroups:
-    """Process groups of a further model on all ranks, independent of the student's. Collective."""
+    """Create process groups of another model on all ranks. Collective over all ranks."""
     from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    # creating groups is collective: every rank must call this for every model in the same order
     layout = Layout(tp_size, pp_size, dist.get_world_size())
     grid = HyperCommGrid([tp_size, 1, layout.dp_size, pp_size], ["tp", "cp", "dp", "pp"])
     pg: Any = ProcessGroupCollection()
@@ -190,9 +168,9 @@ def make_model_groups(tp_size: int, pp_size: int) -> ModelGroups:
         grid.create_pg(["tp", "cp"]),
     )
     pg.intra_dist_opt = grid.create_pg(["tp", "cp", "dp", "pp"])
-    pg.embd = pg.pos_embd = None  # only a trained, tied model needs them
+    pg.embd = pg.pos_embd = None  # needed only for the gradient of a tied embedding
     pg.hcp = pg.inter_dist_opt = pg.tp_dp_cp = None
-    # a dense model only looks the expert groups up
+    # GPTModel reads the expert groups also in a dense model (0.16.1), but never communicates in them
     pg.ep, pg.expt_tp, pg.expt_dp = pg.cp, pg.tp, pg.dp
     pg.tp_ep, pg.tp_ep_pp, pg.intra_dp_cp, pg.intra_expt_dp = pg.tp, pg.mp, pg.dp_cp, pg.dp
     return ModelGroups(layout, pg, *_coordinates(layout))

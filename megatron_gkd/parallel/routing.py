@@ -1,7 +1,7 @@
-"""Which student ranks need the rows of which teacher rank, and their way there.
+"""Send hidden states from the teacher's last pipeline stage to the student's.
 
-Both models cut the global batch into consecutive, equal shares, one per copy of the model; the number of copies may
-differ. Rows are a sequence's completion positions, so every sequence has a length of its own that all ranks know.
+Each model splits the global batch into consecutive, equal shares, one per data-parallel rank; the two data-parallel sizes
+may differ. The rows of a sequence are its completion positions; all ranks know the number of rows of every sequence.
 
 Shapes: T = rows, H = hidden size.
 """
@@ -18,13 +18,13 @@ from megatron_gkd.parallel.groups import Layout
 
 @dataclass(frozen=True)
 class Transfer:
-    """Rows of consecutive sequences from one rank to another (or to itself).
+    """A transfer of the rows of consecutive sequences; source and destination may be equal.
 
     Attributes:
-        src: Global rank that has the rows.
-        dst: Global rank that needs them.
-        start: First sequence, index in the global batch.
-        stop: Behind the last sequence.
+        src: Global rank of the source.
+        dst: Global rank of the destination.
+        start: Index of the first sequence in the global batch.
+        stop: End of the range, exclusive.
     """
 
     src: int
@@ -34,16 +34,16 @@ class Transfer:
 
 
 def share(num_sequences: int, copy: int, num_copies: int) -> tuple[int, int]:
-    """[start, stop) of the sequences that one of ``num_copies`` copies of a model works on."""
+    """Range [start, stop) of the sequences of data-parallel rank ``copy`` out of ``num_copies``."""
     size = num_sequences // num_copies
     return copy * size, (copy + 1) * size
 
 
 def plan_transfers(teacher: Layout, student: Layout, num_sequences: int) -> list[Transfer]:
-    """Every transfer from the teacher's last stage to the student's, ordered by destination and sequence.
+    """Plan all transfers between the last stages, ordered by destination and sequence.
 
-    Each student rank takes its rows from itself where it can; else tensor-parallel ranks of the student spread over
-    those of the teacher, which all hold the same rows.
+    All tensor-parallel ranks of a teacher replica hold the same rows. A student rank copies them locally if it is one of
+    these ranks; otherwise the student's tensor-parallel ranks are spread over the teacher's.
     """
     transfers = []
     for student_copy in range(student.dp_size):
@@ -69,19 +69,19 @@ def route_rows(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor | None:
-    """Carry out a plan; collective over all ranks.
+    """Execute a plan. Collective over all ranks.
 
     Args:
-        transfers: The whole plan, equal on all ranks.
-        rows_TH: [T, H] rows of this rank's share, sequence by sequence; ``None`` if it has none to give.
+        transfers: The complete plan, the same on all ranks.
+        rows_TH: [T, H] rows of this rank's share, sequence by sequence; ``None`` if it is no source.
         first_sequence: First sequence of this rank's share.
-        lengths: Rows of each sequence of the global batch.
+        lengths: Number of rows of each sequence in the global batch.
         hidden_size: H.
-        dtype: Type of the rows.
-        device: Where received rows go.
+        dtype: dtype of the rows.
+        device: Device of the received rows.
 
     Returns:
-        [T, H] rows of the sequences that this rank needs, in order; ``None`` if it needs none.
+        [T, H] rows of this rank's sequences in order; ``None`` if it is no destination.
     """
     rank = dist.get_rank()
     offsets = [0]
@@ -91,18 +91,19 @@ def route_rows(
     for transfer in transfers:
         num_rows = offsets[transfer.stop] - offsets[transfer.start]
         if transfer.src == rank:
-            assert rows_TH is not None  # the source of a transfer holds its rows
+            assert rows_TH is not None  # plan_transfers takes sources from the teacher's last stage
             base = offsets[transfer.start] - offsets[first_sequence]
             outgoing_TH = rows_TH[base : base + num_rows].contiguous()
             if transfer.dst == rank:
                 arriving.append(outgoing_TH)
-            elif num_rows:
+            elif num_rows:  # both ends skip empty transfers, so sends and receives still match
                 operations.append(dist.P2POp(dist.isend, outgoing_TH, transfer.dst))
         elif transfer.dst == rank:
             arriving.append(torch.empty(num_rows, hidden_size, dtype=dtype, device=device))
             if num_rows:
                 operations.append(dist.P2POp(dist.irecv, arriving[-1], transfer.src))
     if operations:
+        # one batch, because the plan may contain cycles: separate blocking sends would deadlock
         for work in dist.batch_isend_irecv(operations):
             work.wait()
     return torch.cat(arriving) if arriving else None

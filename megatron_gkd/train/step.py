@@ -19,8 +19,7 @@ from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.losses.chunked import Layer
 from megatron_gkd.models.gpt import head_weight, select_rows
 from megatron_gkd.models.pipeline import evaluate_schedule, train_schedule
-from megatron_gkd.optim.main_grad import main_grad_adder
-from megatron_gkd.optim.optimizer import has_finite_gradients, zero_gradients
+from megatron_gkd.optim.optimizer import has_finite_gradients, main_grad_adder, zero_gradients
 from megatron_gkd.parallel.collectives import any_rank, reduce_values
 from megatron_gkd.teacher.signal import Signal
 from megatron_gkd.train.build import Student

@@ -37,16 +37,18 @@ TP2_PP2, TP2_PP2_SP, PP4 = Split(2, 2), Split(2, 2, sequence_parallel=True), Spl
 @contextlib.contextmanager
 def student_groups(split: Split, seed: int = 0) -> Iterator[Any]:
     """``ModelGroups`` through Megatron's global state; all groups made inside the block are destroyed after it."""
-    from megatron_gkd.parallel.groups import destroy_student_groups, init_student_groups
+    from megatron_gkd.parallel.groups import init_student_groups
 
     yield init_student_groups(split.tp, split.pp, seed, split.vpp)
     # not after a failure: the pool restarts then, and other ranks may be in another place
-    destroy_student_groups()
     destroy_all_groups()
 
 
 def destroy_all_groups() -> None:
-    """Destroy every process group but the world."""
+    """Reset Megatron's ``parallel_state`` and destroy every process group but the world; collective."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

@@ -111,9 +111,6 @@ def _gather_gradients(student: Any) -> None:
 
 def leave() -> None:
     """Undo ``build_parts``, so that the next layout finds a clean process."""
-    from megatron_gkd.parallel.groups import destroy_student_groups
-
-    destroy_student_groups()
     destroy_all_groups()
 
 
