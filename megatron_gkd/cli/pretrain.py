@@ -18,7 +18,7 @@ from megatron_gkd.config.resume import check_resume
 from megatron_gkd.models.patterns import check_patterns
 from megatron_gkd.observability import Status, StatusFile
 from megatron_gkd.observability.run_lock import FolderInUseError, RunLock
-from megatron_gkd.platform.environment import Environment, Place
+from megatron_gkd.platform.environment import Environment, Placeholders
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,9 @@ def _has_key(section: Any, name: str) -> bool:
 
 def _dry_run(config: GkdConfig) -> int:
     rank = _rank()
-    environment = Environment.of(config.runtime.env_vars, Place(config.train.output_dir, f"rank_{rank}"))
+    environment = Environment.of(
+        config.runtime.env_vars, Placeholders(config.train.output_dir, f"rank_{rank}")
+    )
     environment.apply()  # without the folders that its variables name: nothing is written
     from megatron_gkd.observability.log import configure_logging
 
@@ -149,8 +151,8 @@ def _train(config: GkdConfig) -> int:
         except FolderInUseError as error:
             return _refuse(str(error), None)  # status.json is the other run's
         _note_start(config)
-    place = Place(config.train.output_dir, f"rank_{rank}")
-    environment = Environment.of(config.runtime.env_vars, place)
+    placeholders = Placeholders(config.train.output_dir, f"rank_{rank}")
+    environment = Environment.of(config.runtime.env_vars, placeholders)
     environment.make_folders()
     environment.apply()
     # imported here: torch reads the environment, --check needs no torch, and dist_checkpointing's helper process imports
@@ -162,7 +164,7 @@ def _train(config: GkdConfig) -> int:
 
     if rank == 0:  # at once: a file written while the models load is meant for this start
         StopFile(config.train.output_dir).clear()
-    configure_logging(config.logging.level, rank, Path(place.fill(config.runtime.log_file)))
+    configure_logging(config.logging.level, rank, Path(placeholders.fill(config.runtime.log_file)))
     environment.report()
     return record(_train_or_report)(config, rank) or 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_gkd.cli.outcome import run_tool
 from megatron_gkd.config import load_config
-from megatron_gkd.platform.environment import Environment, Place
+from megatron_gkd.platform.environment import Environment, Placeholders
 from megatron_gkd.serving.command import ServerSettings
 from megatron_gkd.serving.process import ServerProcess, is_free_port
 
@@ -74,8 +74,8 @@ def _environment(options: argparse.Namespace) -> Mapping[str, str]:
     if not options.config:
         return {}
     config = load_config(options.config)
-    place = Place(config.train.output_dir, options.log_file.stem)
-    environment = Environment.of(config.runtime.env_vars, place)
+    placeholders = Placeholders(config.train.output_dir, options.log_file.stem)
+    environment = Environment.of(config.runtime.env_vars, placeholders)
     environment.make_folders()
     environment.report()
     return environment.values

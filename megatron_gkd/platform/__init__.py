@@ -1,1 +1,1 @@
-"""Everything that depends on the machine: device, kernels, CPU stand-ins."""
+"""Everything that depends on the machine: device, kernel libraries, CPU patches of torch and SGLang."""

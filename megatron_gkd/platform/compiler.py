@@ -1,4 +1,4 @@
-"""Whether torch.compile works on this machine's CPU, and where it keeps what it compiled."""
+"""Check that torch.compile works on this CPU, and set its cache folder."""
 
 import logging
 import os
@@ -17,19 +17,19 @@ CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 @cache
 def can_compile() -> bool:
-    """Compile a line, once for a process; if that fails, a warning says why.
+    """Whether torch.compile works here; compiles one expression per process and logs a failure.
 
-    What is compiled is kept in ``sys.prefix/var/torch_inductor``, unless the user has set TORCHINDUCTOR_CACHE_DIR or may
-    not write there: torch's own place is emptied when the machine starts.
+    The cache is ``sys.prefix/var/torch_inductor``, unless TORCHINDUCTOR_CACHE_DIR is set or that folder is not writable.
     """
     _choose_cache()
     try:
-        with _disable_current_modes():  # inside a dispatch mode nothing is compiled
+        # a TorchDispatchMode of the caller (FakeTensor, FLOP counting) would disable compilation
+        with _disable_current_modes():
             torch.compile(_line, fullgraph=True, options={"compile_threads": 1})(torch.zeros(2))
     except (RuntimeError, OSError, ImportError) as error:
         log.warning(
-            "Nothing can be compiled for this CPU, so the loss runs in the eager back end; install a C++ compiler (g++), or "
-            "set loss.backend=eager: %s",
+            "Install a C++ compiler (g++), or set loss.backend=eager; torch.compile fails on this CPU, so the loss falls "
+            "back to eager: %s",
             " ".join(str(error).split())[:300],
         )
         return False
@@ -41,6 +41,7 @@ def _line(x: Tensor) -> Tensor:
 
 
 def _choose_cache() -> None:
+    # torch's default folder is below /tmp, which many machines empty at boot
     if CACHE_VARIABLE in os.environ:
         return
     folder = Path(sys.prefix, "var", "torch_inductor")

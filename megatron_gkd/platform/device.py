@@ -1,4 +1,4 @@
-"""Which device this process computes on, chosen once at start-up and logged with its reason."""
+"""The device of this process, selected once at start-up and logged with the reason."""
 
 import os
 import resource
@@ -19,9 +19,9 @@ class Platform:
     """The device of this process.
 
     Attributes:
-        device: Where parameters and activations live.
+        device: Device of parameters and activations.
         collective_backend: Backend name for ``init_process_group``.
-        reason: Why this device was chosen; goes into the log.
+        reason: Reason for the choice, for the log.
     """
 
     device: torch.device
@@ -34,22 +34,24 @@ class Platform:
         return self.device.type == "cpu"
 
     def synchronize(self) -> None:
-        """Wait until all work queued on the device is done."""
+        """Wait for all kernels queued on the device."""
+        # torch.accelerator.synchronize() raises on a machine without an accelerator (torch 2.13)
         if not self.is_cpu:
             torch.cuda.synchronize()
 
     def peak_memory_bytes(self) -> int:
-        """Largest memory in use so far: device allocations on a GPU, resident set of the process on a CPU."""
+        """Peak memory so far: device allocations on a GPU, resident set size of the process on a CPU."""
         if self.is_cpu:
+            # in KiB on Linux
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
         return torch.cuda.max_memory_allocated()
 
 
 def detect_platform() -> Platform:
-    """CUDA with NCCL where a GPU is visible, CPU with gloo elsewhere. Binds this process to its local GPU.
+    """Select CUDA with NCCL if a GPU is visible, else CPU with gloo, and bind this process to its GPU.
 
     Raises:
-        ConfigError: More ranks than GPUs were started.
+        ConfigError: There are more local ranks than GPUs.
     """
     if not torch.cuda.is_available():
         return Platform(torch.device("cpu"), "gloo", "no CUDA device is visible")
@@ -65,7 +67,7 @@ def detect_platform() -> Platform:
 
 
 def prepare_process() -> Platform:
-    """Make Megatron-Core usable in this process; call before the first ``import megatron``."""
+    """Prepare this process for Megatron-Core; call before the first ``import megatron``."""
     from megatron_gkd.platform import cpu
 
     platform = detect_platform()
@@ -76,7 +78,8 @@ def prepare_process() -> Platform:
 
 
 def _quiet_imports() -> None:
-    # Which kernels are missing is logged once by us, with the reason; Megatron would say it seven times per rank.
+    # detect_kernels logs missing kernel libraries once; megatron-core 0.16.1 warns about them seven times per rank.
+    # torch.distributed warns about the tensor-parallel API that Megatron's checkpoints still use.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")

@@ -1,4 +1,4 @@
-"""Environment variables of a run's processes, set before anything reads them; imports no torch."""
+"""Environment variables of a run's processes. Imports no torch, which reads some of them on import."""
 
 import logging
 import os
@@ -11,13 +11,13 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
-    """What the placeholders of ``runtime.env_vars`` and ``runtime.log_file`` mean in one process.
+class Placeholders:
+    """Values of the placeholders in ``runtime.env_vars`` and ``runtime.log_file`` for one process.
 
     Attributes:
         output_dir: ``train.output_dir``.
         process: ``rank_<n>``, or the name of a server.
-        host: Name of the machine.
+        host: Host name.
     """
 
     output_dir: Path
@@ -25,7 +25,8 @@ class Place:
     host: str = socket.gethostname()
 
     def fill(self, template: str) -> str:
-        """``template`` with its placeholders replaced."""
+        """Replace the placeholders in ``template``."""
+        # not str.format: other braces, as in a JSON value, stay as they are
         values = {"output_dir": str(self.output_dir.absolute()), "host": self.host, "process": self.process}
         for name, value in values.items():
             template = template.replace(f"{{{name}}}", value)
@@ -34,12 +35,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Environment:
-    """What ``runtime.env_vars`` means for one process.
+    """The variables of ``runtime.env_vars`` for one process.
 
     Attributes:
         values: Variables to set.
-        kept: Variables that the user had given another value, which stays, with both values.
-        folders: Where variables that begin with {output_dir} point to.
+        kept: (user's value, configured value) of variables that the user has set differently; the user's wins.
+        folders: Parent folders of values that start with ``{output_dir}/``.
     """
 
     values: Mapping[str, str]
@@ -48,18 +49,21 @@ class Environment:
 
     @classmethod
     def of(
-        cls, env_vars: Mapping[str, str | None], place: Place, given: Mapping[str, str] | None = None
+        cls,
+        env_vars: Mapping[str, str | None],
+        placeholders: Placeholders,
+        given: Mapping[str, str] | None = None,
     ) -> "Environment":
-        """Fill in the placeholders and leave out what the user has set.
+        """Replace the placeholders and skip variables that the user has set.
 
         Args:
             env_vars: ``runtime.env_vars``.
-            place: The process.
-            given: What the user has set; default: see ``variables_of_user``.
+            placeholders: Values for this process.
+            given: Variables set by the user; default: ``variables_of_user()``.
         """
         given = variables_of_user() if given is None else given
         templates = {name: value for name, value in env_vars.items() if value is not None}
-        wanted = {name: place.fill(value) for name, value in templates.items()}
+        wanted = {name: placeholders.fill(value) for name, value in templates.items()}
         values = {name: value for name, value in wanted.items() if name not in given}
         return cls(
             values,
@@ -68,7 +72,8 @@ class Environment:
         )
 
     def make_folders(self) -> None:
-        """Make the folders that the variables point to; the libraries that write there do not."""
+        """Create ``folders``."""
+        # NCCL and the flight recorder do not create the folders of their log and dump files
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -77,7 +82,7 @@ class Environment:
         os.environ.update(self.values)
 
     def report(self) -> None:
-        """Log what was set and what was not."""
+        """Log the variables that were set, and warn about those that were not."""
         if self.values:
             log.info("Environment: %s", " ".join(f"{name}={value}" for name, value in self.values.items()))
         for name, (given, wanted) in self.kept.items():
@@ -91,11 +96,9 @@ class Environment:
 
 
 def variables_of_user() -> Mapping[str, str]:
-    """The environment as the user, or the job script, gave it.
-
-    torchrun adds variables of its own for its workers, OMP_NUM_THREADS=1 for one, that no user wanted; so in a worker it is
-    the environment that torchrun itself was started with, where the system shows it (Linux), else the worker's.
-    """
+    """The environment set by the user or the job script, without torchrun's additions."""
+    # torchrun adds variables for its workers, among them OMP_NUM_THREADS=1 (torch 2.13). In a worker, the parent process
+    # is torchrun, and Linux shows the environment that it was started with; elsewhere this falls back to the worker's own.
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return dict(os.environ)
     try:

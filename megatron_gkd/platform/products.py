@@ -1,9 +1,9 @@
-"""Matrix products with factors of half precision whose result is float32, neither rounded to half precision on the way.
+"""Matrix products of half-precision factors with an fp32 result.
 
-CUDA's tensor cores multiply two half-precision factors into a float32 sum, which ``out_dtype`` hands out unrounded. A CPU
-has no such product in torch: there the half-precision factor is widened, a block at a time, and float32 is multiplied.
+On CUDA, tensor cores accumulate half-precision products in fp32, and ``torch.addmm(..., out_dtype)`` (torch 2.10 or later)
+returns the sum unrounded. On a CPU torch has no such product: half-precision factors are upcast block by block.
 
-Shapes: M and N = rows and columns of a product, K = the dimension that is summed.
+Shapes: M and N = rows and columns of the product, K = inner dimension.
 """
 
 import torch
@@ -11,43 +11,45 @@ from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
 
+# Rows or columns of a factor upcast at a time: bounds the fp32 copy of an output layer [V, H] to [4096, 4096].
 _BLOCK = 4096
-"""Rows or columns of a factor that are widened at one time."""
 
 
 def as_factor(x: Tensor, partner: Tensor) -> Tensor:
-    """``x`` as it enters a product with ``partner``: in the partner's format on CUDA, which needs one for both."""
+    """Cast ``x`` for a product with ``partner``: to the partner's dtype on CUDA, unchanged on a CPU."""
     return x.to(partner.dtype) if rounds_factors(x.device) else x
 
 
 def rounds_factors(device: torch.device) -> bool:
-    """Whether ``as_factor`` rounds float32 to the format of a partner in half precision."""
+    """Whether ``as_factor`` rounds fp32 to the dtype of a half-precision partner."""
+    # a CUDA GEMM takes two factors of one dtype
     return device.type == "cuda"
 
 
 def matmul_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
-    """Write left @ right, summed in the accumulation format and rounded to that of ``out`` once.
+    """Write left @ right into ``out``, accumulated in fp32 (fp64) and rounded to ``out.dtype`` once.
 
     Args:
-        out: [M, N], float32, float64 or half precision.
-        left: [M, K], in half precision or in the format of ``out``; see ``as_factor``.
+        out: [M, N], fp32, fp64 or half precision.
+        left: [M, K], in half precision or in the dtype of ``out``; see ``as_factor``.
         right: [K, N], likewise.
-        add: out += left @ right instead.
+        add: Compute out += left @ right instead.
     """
     if left.dtype == right.dtype == out.dtype and (out.is_cuda or out.dtype not in _HALF):
         torch.addmm(out, left, right, beta=int(add), out=out)
     elif out.is_cuda:
         torch.addmm(out, left, right, out.dtype, beta=int(add), out=out)
     elif out.dtype in _HALF:
+        # blocks are added up in fp32; adding them in half precision would round once per block
         sum_MN = out.float()
-        _widened_matmul_into(sum_MN, left, right, add)
+        _upcast_matmul_into(sum_MN, left, right, add)
         out.copy_(sum_MN)
     else:
-        _widened_matmul_into(out, left, right, add)
+        _upcast_matmul_into(out, left, right, add)
 
 
-def _widened_matmul_into(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
-    """Blocks of columns of the result, each a sum over blocks of the inner dimension."""
+def _upcast_matmul_into(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    """Multiply block by block: columns of the result, then blocks of the inner dimension."""
     for columns in _blocks(right.shape[1]):
         for inner in _blocks(right.shape[0]):
             factors = left[:, inner].to(out.dtype), right[inner, columns].to(out.dtype)

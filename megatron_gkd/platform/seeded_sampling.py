@@ -1,7 +1,7 @@
-"""Sampling whose noise depends on (seed, position, token id) only, never on the batch or on generator state.
+"""Sampling with noise that depends on (seed, position, token id) only, not on the batch or a generator's state.
 
 Gumbel-max (Gumbel 1954; Maddison et al. 2014, "A* Sampling"): argmax_v(log p_v + g_v) with independent standard Gumbel
-g_v is a sample from p. The uniform numbers behind g come from a hash, so a sample can be repeated on any machine.
+g_v is a sample from p. The uniform numbers of g come from a hash, so samples are reproducible on any machine.
 
 Shapes: B = sequences, V = vocabulary entries.
 """
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 _LOW_32 = 0xFFFFFFFF
-_CACHED_ELEMENTS = 1 << 16
+_CACHED_ELEMENTS = 1 << 16  # 512 KiB in float64: an L2 cache
 
 
 def sample_with_seed(log_probs_BV: Tensor, seed_B: Tensor, position_B: Tensor) -> Tensor:
-    """One token id per row.
+    """Sample one token id per row.
 
     Args:
-        log_probs_BV: [B, V] log-probabilities up to a constant per row, -inf where excluded. Not modified.
+        log_probs_BV: [B, V] log-probabilities up to a constant per row, -inf for excluded tokens. Not modified.
         seed_B: [B] seeds, int64 or uint64.
         position_B: [B] position of the sampled token in its sequence, any integer dtype.
 
@@ -25,7 +25,7 @@ def sample_with_seed(log_probs_BV: Tensor, seed_B: Tensor, position_B: Tensor) -
         [B, 1] int64 column indices.
     """
     token_ids_V = torch.arange(log_probs_BV.shape[1], device=log_probs_BV.device)
-    # a few rows at a time: what is computed on the way stays in a CPU's cache
+    # blocks of rows keep the intermediate tensors in a CPU's cache
     num_rows = max(1, _CACHED_ELEMENTS // len(token_ids_V)) if log_probs_BV.is_cpu else len(log_probs_BV)
     parts = (log_probs_BV.split(num_rows), seed_B.split(num_rows), position_B.split(num_rows))
     return torch.cat([_sample_block(*part, token_ids_V) for part in zip(*parts, strict=True)])
@@ -33,7 +33,8 @@ def sample_with_seed(log_probs_BV: Tensor, seed_B: Tensor, position_B: Tensor) -
 
 def _sample_block(log_probs_BV: Tensor, seed_B: Tensor, position_B: Tensor, token_ids_V: Tensor) -> Tensor:
     bits_BV = hash32(seed_B, position_B, token_ids_V).to(torch.float64)
-    uniform_BV = bits_BV.add_(2.0**31 + 0.5).mul_(2.0**-32)  # strictly inside (0, 1): no infinite noise
+    # float64 and the half keep u strictly inside (0, 1); in float32 u rounds to 1, and its noise is infinite
+    uniform_BV = bits_BV.add_(2.0**31 + 0.5).mul_(2.0**-32)
     minus_gumbel_BV = uniform_BV.log_().neg_().log_()  # g = -log(-log u)
     return (log_probs_BV.to(torch.float64) - minus_gumbel_BV).argmax(dim=1, keepdim=True)
 
@@ -67,7 +68,8 @@ def hash32(seed_B: Tensor, position_B: Tensor, token_ids_V: Tensor) -> Tensor:
     return state ^ _shift_right(state, 16)
 
 
-# int32 arithmetic wraps in two's complement: products and sums have the bits that unsigned numbers would have
+# torch has no uint32 arithmetic on all devices. int32 wraps in two's complement, so sums and products have the same bits;
+# only the right shift differs.
 
 
 def _as_int32(number: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ def _signed(constant: int) -> int:
 
 
 def _shift_right(word: Tensor, num_bits: int) -> Tensor:
-    """Logical shift: zeros come in from the left, whatever the sign."""
+    """Logical right shift of a signed word."""
     return (word >> num_bits) & (_LOW_32 >> num_bits)
 
 

@@ -1,10 +1,10 @@
-"""SGLang on a CPU without sgl-kernel, AMX or Triton kernels, through SGLang's own plugin interface.
+"""SGLang plugin for CPUs without sgl-kernel, AMX or Triton kernels.
 
-An out-of-tree platform (every fused op falls back to ``forward_native``, torch-native attention and KV allocator, gloo)
-and small hooks for seeded sampling and a faster decode step; no SGLang file is changed. SGLang finds both through the entry points
-``sglang.srt.platforms`` and ``sglang.srt.plugins`` of this package, so the package must be installed. The name of the
-entry point, ``torch_cpu``, is what SGLANG_PLATFORM selects. Where CUDA is available nothing is activated unless
-SGLANG_PLATFORM=torch_cpu. Written for sglang 0.5.23; the interface differs in earlier releases.
+It registers an out-of-tree platform (``forward_native`` for every fused op, torch-native attention and KV allocator, gloo)
+and hooks for seeded sampling and batched decode attention. No SGLang file is changed. SGLang finds the plugin by this
+package's entry points in the groups ``sglang.srt.platforms`` and ``sglang.srt.plugins``, so the package must be installed;
+SGLANG_PLATFORM selects it by the entry point's name, ``torch_cpu``. If CUDA is available it stays inactive unless
+SGLANG_PLATFORM=torch_cpu. Written for sglang 0.5.23: 0.5.21 has another plugin interface, releases before 0.5.13 none.
 """
 
 import importlib.abc
@@ -19,7 +19,7 @@ PLATFORM_NAME = "torch_cpu"
 
 
 def activate() -> str | None:
-    """Platform plugin: qualified name of the platform class, or None to stay out of the way."""
+    """Entry point of the platform plugin: the platform class's qualified name, or None if inactive."""
     if not _is_wanted():
         return None
     _stub_torchvision()
@@ -27,7 +27,7 @@ def activate() -> str | None:
 
 
 def register_hooks() -> None:
-    """General plugin: runs in every SGLang process before its arguments are parsed."""
+    """Entry point of the general plugin; SGLang calls it in every process before parsing arguments."""
     if not _is_wanted():
         return
     from sglang.srt.arg_groups import choices
@@ -36,8 +36,9 @@ def register_hooks() -> None:
     from megatron_gkd.platform.batched_decode import decode_attention
     from megatron_gkd.platform.seeded_sampling import sample_with_seed
 
-    # torch-native attention computes one sequence at a time (no split-KV), so a seed per request is meaningful;
-    # SGLang's lists name GPU back ends only
+    # Without --enable-deterministic-inference SGLang ignores sampling_seed, and with it overrides.py:1117 admits only the
+    # back ends of these lists, which are for GPUs. Torch-native attention has no split-KV, so its results repeat for the
+    # same request.
     for name in (
         "DETERMINISTIC_ATTENTION_BACKEND_CHOICES",
         "RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND",
@@ -45,13 +46,14 @@ def register_hooks() -> None:
         backends = getattr(choices, name, None)
         if backends is not None and "torch_native" not in backends:
             backends.append("torch_native")
-    # batch-invariant GEMMs exist for GPUs only: this keeps just the seeded sampler, batch invariance is not provided
+    # batch_invariant_ops.py:1015 raises "No supported accelerator". Batch invariance is not provided on a CPU: with
+    # another batch size ids repeated in 8 of 8 samples, log-probs in 0 to 5 of 8
     HookRegistry.register(
         "sglang.srt.batch_invariant_ops.enable_batch_invariant_mode",
         lambda *args, **kwargs: None,
         HookType.REPLACE,
     )
-    # SGLang's own needs an op of sgl_kernel on CPU
+    # the original needs murmur_hash of sgl_kernel, whose wheel needs libcuda.so.1
     HookRegistry.register(
         "sglang.srt.layers.sampler.multinomial_with_seed", sample_with_seed, HookType.REPLACE
     )
@@ -69,7 +71,7 @@ def _is_wanted() -> bool:
 
 
 class _StubModule(types.ModuleType):
-    """Any public attribute is an empty class, made when asked for."""
+    """A module whose public attributes are empty classes, created on access."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -80,7 +82,7 @@ class _StubModule(types.ModuleType):
 
 
 class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Serves empty modules for an absent package."""
+    """Import hook that provides stub modules for a package that is not installed."""
 
     def __init__(self, root: str):
         self.root = root
@@ -98,17 +100,19 @@ class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _stub_torchvision() -> None:
-    """SGLang's image models import torchvision at start-up; text models never use it."""
+    """Provide a stub of torchvision, which SGLang's image models import at start-up."""
+    # Text models never use it, and the torchvision wheel of PyPI links CUDA: beside a CPU build of torch it breaks
+    # ``from transformers import Qwen3ForCausalLM`` ("operator torchvision::nms does not exist").
     if importlib.util.find_spec("torchvision") is not None:
         return
     from transformers.utils import import_utils
 
-    import_utils.is_torchvision_available()  # caches "not available" before the stub exists
+    import_utils.is_torchvision_available()  # makes transformers cache "not available" before the stub exists
     sys.meta_path.append(_StubFinder("torchvision"))
 
 
 def __getattr__(name: str) -> Any:
-    """Builds the platform class on first use, since its bases import sglang."""
+    """Create the platform class on first access, because its bases import sglang."""
     if name != "TorchCpuPlatform":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sglang.srt.platforms import interface
@@ -118,9 +122,9 @@ def __getattr__(name: str) -> Any:
     class TorchCpuPlatform(CpuDeviceMixin, interface.SRTPlatform):
         """CPU with plain PyTorch operations only."""
 
-        _enum = PlatformEnum.OOT  # out of tree: also skips an import of vllm in the rotary embedding
+        _enum = PlatformEnum.OOT  # with CPU, the rotary embedding imports vllm
         device_name = device_type = "cpu"
-        capabilities = interface.PlatformCapabilities()  # no Triton, no graphs
+        capabilities = interface.PlatformCapabilities()  # neither Triton nor CUDA graphs
 
         def get_default_attention_backend(self):
             return "torch_native"

@@ -20,7 +20,7 @@ from megatron_gkd.models.gpt import ShardedModel
 from megatron_gkd.parallel.collectives import broadcast_json
 from megatron_gkd.parallel.groups import Layout
 from megatron_gkd.platform.device import DTYPES
-from megatron_gkd.platform.environment import Environment, Place
+from megatron_gkd.platform.environment import Environment, Placeholders
 from megatron_gkd.rollout.base import PushReport, RolloutContext, RolloutEngine, cut_at_stop
 from megatron_gkd.rollout.weight_sync import SharedWeightFile, WeightPusher
 from megatron_gkd.serving.client import SglangClient
@@ -259,7 +259,7 @@ def _split(num_items: int, num_blocks: int) -> list[slice]:
 
 def _server_settings(section: SglangRolloutConfig, context: RolloutContext, process: str) -> ServerSettings:
     config = context.config
-    environment = Environment.of(config.runtime.env_vars, Place(config.train.output_dir, process))
+    environment = Environment.of(config.runtime.env_vars, Placeholders(config.train.output_dir, process))
     environment.make_folders()
     return ServerSettings(
         config.student.hf_folder,

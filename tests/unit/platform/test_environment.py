@@ -6,22 +6,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_gkd.platform.environment import Environment, Place
+from megatron_gkd.platform.environment import Environment, Placeholders
 
 
 def test_placeholders_name_the_run_the_machine_and_the_process(tmp_path):
-    place = Place(tmp_path, "rank_3", host="node7")
+    place = Placeholders(tmp_path, "rank_3", host="node7")
     assert place.fill("{output_dir}/a_{host}_{process}.log %h {}") == f"{tmp_path}/a_node7_rank_3.log %h {{}}"
 
 
 def test_a_relative_run_folder_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Place(Path("runs/a"), "sglang").fill("{output_dir}") == f"{tmp_path}/runs/a"
+    assert Placeholders(Path("runs/a"), "sglang").fill("{output_dir}") == f"{tmp_path}/runs/a"
 
 
 def test_a_variable_of_the_user_wins_and_the_log_says_so(tmp_path, caplog):
     wanted = {"A": "1", "B": "2", "C": "3", "D": None}
-    environment = Environment.of(wanted, Place(tmp_path, "rank_0"), given={"B": "7", "C": "3", "D": "4"})
+    environment = Environment.of(
+        wanted, Placeholders(tmp_path, "rank_0"), given={"B": "7", "C": "3", "D": "4"}
+    )
     assert environment.values == {"A": "1"}
     with caplog.at_level(logging.INFO):
         environment.report()
@@ -34,7 +36,7 @@ def test_a_variable_of_the_user_wins_and_the_log_says_so(tmp_path, caplog):
 def test_folders_of_files_exist_before_a_library_writes_them(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     wanted = {"A_FILE": "{output_dir}/dumps/{host}", "B_FILE": "/nowhere/else/b"}
-    environment = Environment.of(wanted, Place(tmp_path / "run", "rank_0"), given={})
+    environment = Environment.of(wanted, Placeholders(tmp_path / "run", "rank_0"), given={})
     environment.apply()
     assert not (tmp_path / "run").exists()
     environment.make_folders()
