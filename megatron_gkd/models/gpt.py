@@ -309,14 +309,14 @@ def select_rows(
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A model as one rank holds it.
+    """This rank's part of a model with its layout and sizes.
 
     Attributes:
         model: This rank's part.
         groups: Layout and process groups.
-        tap: Switch on the output layer of the last stage; ``None`` on other stages.
+        tap: Bypass of the output layer on the last stage; ``None`` on other stages.
         shapes: Sizes from config.json.
-        dtype: Number format of the parameters.
+        dtype: Parameter dtype.
     """
 
     model: LocalModel
