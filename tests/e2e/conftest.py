@@ -1,6 +1,5 @@
 """One real SGLang server for the whole session."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from megatron_gkd.platform.device import detect_platform
 from megatron_gkd.serving import ServerProcess, ServerSettings
+from tests.support.processes import running
 from tests.support.tiny_models import write_tiny_model
 
 CONTEXT_LENGTH = 128
@@ -42,17 +42,3 @@ def server_processes(server: ServerProcess) -> list[psutil.Process]:
     """The guard and all processes of the server."""
     guard = psutil.Process(server.pid)
     return [guard, *guard.children(recursive=True)]
-
-
-def running(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run; one that ended and was not collected by its parent holds nothing."""
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-
-def wait_until_gone(processes: list[psutil.Process], timeout_s: float) -> float:
-    """Seconds until none of them runs."""
-    start = time.monotonic()
-    while running(processes):
-        assert time.monotonic() - start < timeout_s, f"still running: {running(processes)}"
-        time.sleep(0.05)
-    return time.monotonic() - start

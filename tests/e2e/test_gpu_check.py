@@ -5,13 +5,10 @@ tests/unit/test_gpu_check.py.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.support.launching import ROOT
+from tests.support.processes import run_python
 
 STAGES = ["env", "products", "dense", "certify", "train", "linear", "kernels", "gemm", "tests"]
 DIVERGENCES = 8
@@ -21,9 +18,7 @@ DIVERGENCES = 8
 def smoke(tmp_path_factory):
     """(gpu_check.json, gpu_check.md) of a smoke run."""
     out = tmp_path_factory.mktemp("gpu_check")
-    command = [sys.executable, "tools/gpu_check.py", "--smoke", "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = run_python("tools/gpu_check.py", "--smoke", "--out", out)
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads((out / "gpu_check.json").read_text()), (out / "gpu_check.md").read_text()
 

@@ -26,12 +26,12 @@ from megatron_gkd.serving import (
     SglangClient,
     StaleWeights,
 )
-from tests.e2e.conftest import CONTEXT_LENGTH, START_TIMEOUT_S, running, server_processes, wait_until_gone
+from tests.e2e.conftest import CONTEXT_LENGTH, START_TIMEOUT_S, server_processes
+from tests.support.processes import ROOT, running, wait_until_gone
 from tests.support.tiny_models import EOS_ID, TOKENIZER_SIZE, write_tiny_model
 
 pytestmark = pytest.mark.timeout(400)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PROMPTS = [[5, 6, 7], [100], [30, 20, 10, 40, 50]]
 SEQUENCES = [[5, 6, 7, 8, 9, 200], [100, 3], [30, 20, 10, 40, 50, 60, 70, 80]]
 
@@ -228,7 +228,7 @@ def test_two_ranks_with_pushed_weights_score_alike_and_when_killed_are_missed_wi
 
 def test_a_server_does_not_outlive_the_process_that_started_it(sglang_model, tmp_path):
     """Through launch/serve.py, killed as torchrun kills its workers in the end. Its key stays with this user."""
-    command = [sys.executable, str(REPOSITORY / "launch" / "serve.py"), "--model", str(sglang_model)]
+    command = [sys.executable, str(ROOT / "launch" / "serve.py"), "--model", str(sglang_model)]
     command += ["--context-length", "64", "--num-threads", "1", "--log-file", str(tmp_path / "log")]
     command += ["--api-key-env", "GKD_KEY"]
     key = secrets.token_hex()

@@ -9,14 +9,14 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.launching import ROOT, read_metrics, read_status, write_run_config
+from tests.support.launching import read_metrics, read_status, write_run_config
+from tests.support.processes import ROOT, wait_until
 from tests.support.slurm_cluster import SlurmCluster, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -58,15 +58,12 @@ def submit(cluster: SlurmCluster, code: Path, job: str, *words: str) -> int:
     return int(said.partition("Submitted batch job ")[2].split()[0])
 
 
-def wait_until(condition: Callable[[], bool], run: Path, what: str, timeout_s: float = 180.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            logs = "\n".join(
-                f"{file.name}: {file.read_text()[-2000:]}" for file in run.glob("logs/slurm*.log")
-            )
-            pytest.fail(f"waited {timeout_s:g} s for {what}; {logs}")
-        time.sleep(0.2)
+def wait_for_job(condition: Callable[[], bool], run: Path, what: str, timeout_s: float = 180.0) -> None:
+    def explain() -> str:
+        logs = (f"{file.name}: {file.read_text()[-2000:]}" for file in run.glob("logs/slurm*.log"))
+        return "\n".join([what, *logs])
+
+    wait_until(condition, timeout_s, explain=explain)
 
 
 def wait_for_end(cluster: SlurmCluster, job: int, run: Path) -> str:
@@ -75,7 +72,9 @@ def wait_for_end(cluster: SlurmCluster, job: int, run: Path) -> str:
     def state() -> str:
         return cluster.job_state(job)["JobState"]
 
-    wait_until(lambda: state() not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), run, "the job to end")
+    wait_for_job(
+        lambda: state() not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), run, "the job to end"
+    )
     return state()
 
 
@@ -89,17 +88,17 @@ def test_a_job_makes_room_is_requeued_and_resumes_with_the_code_it_was_submitted
     for file in (code / "launch" / "pretrain_gkd.py", code / "launch" / "slurm" / "job.sh", config):
         file.write_text("edited after the job was submitted")
 
-    wait_until(lambda: len(read_metrics(run)) >= 2, run, "two iterations")
+    wait_for_job(lambda: len(read_metrics(run)) >= 2, run, "two iterations")
     cluster.run("scancel", "--batch", "--signal=USR1", str(job))  # as SLURM does before the time limit
-    wait_until(lambda: cluster.job_state(job)["Restarts"] == "1", run, "the requeue")
+    wait_for_job(lambda: cluster.job_state(job)["Restarts"] == "1", run, "the requeue")
     stopped = read_status(run)
     assert stopped["state"] == "stopped"
     assert stopped["reason"].endswith(f"SLURM job {job} got USR1; it is requeued and goes on")
     assert (run / "checkpoints" / f"iter_{stopped['iteration']:07d}" / "manifest.json").is_file()
 
-    wait_until(lambda: cluster.job_state(job)["JobState"] == "PENDING", run, "the job to wait again")
+    wait_for_job(lambda: cluster.job_state(job)["JobState"] == "PENDING", run, "the job to wait again")
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")  # SLURM would let two minutes pass
-    wait_until(lambda: len(read_metrics(run)) > stopped["iteration"], run, "an iteration after the resume")
+    wait_for_job(lambda: len(read_metrics(run)) > stopped["iteration"], run, "an iteration after the resume")
     (run / "stop").write_text("seen enough")
     assert wait_for_end(cluster, job, run) == "COMPLETED"
     status = read_status(run)

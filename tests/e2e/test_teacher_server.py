@@ -7,7 +7,6 @@ import contextlib
 import socket
 import socketserver
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from megatron_gkd.serving import EngineReplyInvalid, ServerProcess, TeacherClient
 from tests.e2e.conftest import CONTEXT_LENGTH
 from tests.support.hf_reference import load_hf_model
-from tests.support.launching import launch, read_metrics, read_status, write_run_config
+from tests.support.launching import launch, read_metrics, read_status, wait_for_run, write_run_config
 from tests.support.on_ranks import TP2
 from tests.support.run_config import LENGTHS, build_parts, leave, make_batch, make_world, update, write_config
 from tests.support.tiny_models import TOKENIZER_SIZE, write_tiny_model
@@ -190,11 +189,7 @@ def test_a_student_on_two_ranks_learns_from_one_server_and_writes_on_another_unt
     run, log_file = tmp_path / "run", tmp_path / "log"
     teacher = served(sglang_model, relay.port, top_k=32)
     process = launch(config, teacher, "train.train_iters=1000", log_file=log_file)
-    deadline = time.monotonic() + 400
-    while len(read_metrics(run)) < 3:
-        assert process.poll() is None, log_file.read_text()[-5000:]
-        assert time.monotonic() < deadline, log_file.read_text()[-5000:]
-        time.sleep(0.1)
+    wait_for_run(lambda: len(read_metrics(run)) >= 3, process, log_file, 400)
     relay.close()
     assert process.wait(60) != 0
     status = read_status(run)

@@ -5,11 +5,9 @@ tests/distributed.
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +17,15 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.support.launching import (
-    ROOT,
     launch,
     read_metrics,
     read_status,
+    run_torchrun,
     train,
-    training_command,
+    wait_for_run,
     write_run_config,
 )
+from tests.support.processes import run_python, running
 from tests.support.tiny_models import write_prompts
 
 NUM_ITERATIONS = 12
@@ -34,26 +33,9 @@ IN_BACKGROUND = ("checkpoint.async_save=true", "checkpoint.save_interval=1")
 VALUES = ("loss", "loss/on_policy", "loss/off_policy", "grad_norm", "lr", "tokens", "tokens/consumed")
 
 
-def wait_until(
-    condition: Callable[[], bool], process: subprocess.Popen, log_file: Path, timeout_s: float
-) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, log_file.read_text()[-5000:]
-        assert time.monotonic() < deadline, log_file.read_text()[-5000:]
-        time.sleep(0.1)
-
-
 def export(checkpoint: Path, out: Path) -> dict:
-    command = [
-        sys.executable,
-        "tools/convert_megatron_to_hf.py",
-        "--checkpoint",
-        str(checkpoint),
-        "--out",
-        str(out),
-    ]
-    subprocess.run(command, cwd=ROOT, check=True)
+    result = run_python("tools/convert_megatron_to_hf.py", "--checkpoint", checkpoint, "--out", out)
+    assert result.returncode == 0, result.stderr
     return load_file(out / "model.safetensors")
 
 
@@ -118,7 +100,7 @@ def stop_a_run(config: Path, run: Path, ask: Callable[[subprocess.Popen], object
     def is_due() -> bool:
         return len(read_metrics(run)) > num_before and any(run.glob("checkpoints/iter_???????"))
 
-    wait_until(is_due, process, log_file, 200)
+    wait_for_run(is_due, process, log_file, 200)
     ask(process)
     process.wait(60)  # torchrun itself fails when it was signalled
     status = read_status(run)
@@ -152,7 +134,7 @@ def test_sglang_generates_every_iteration_and_its_death_ends_the_run_in_order(tm
     )
     run, log_file = tmp_path / "run", tmp_path / "config.log"
     process = launch(config, "train.train_iters=1000", log_file=log_file)
-    wait_until(lambda: len(read_metrics(run)) >= 3, process, log_file, 400)
+    wait_for_run(lambda: len(read_metrics(run)) >= 3, process, log_file, 400)
     check_records(run)
     assert [server.environ()["OF_RUN"] for server in servers_of(process)] == ["sglang"]
     assert "Environment: OF_RUN=rank_1" in (run / "logs" / "rank_1.log").read_text()
@@ -166,7 +148,7 @@ def test_sglang_generates_every_iteration_and_its_death_ends_the_run_in_order(tm
     assert "SGLang server" in status["reason"], status
     assert "sglang.log" in status["reason"], "the message does not say where the log is"
     assert seconds < 60
-    assert not [p for p in killed if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not running(killed)
     iteration = status["iteration"]
     assert (run / "checkpoints" / f"iter_{iteration:07d}" / "manifest.json").is_file()
     changes = [
@@ -175,7 +157,7 @@ def test_sglang_generates_every_iteration_and_its_death_ends_the_run_in_order(tm
         "gkd.lmbda=1",
         f"train.train_iters={iteration + 1}",
     ]
-    refused = subprocess.run(training_command(config, *changes), capture_output=True, text=True)
+    refused = run_torchrun(config, *changes)
     assert "optim.lr (was 0.003, is 0.001)" in refused.stderr
     allowed = "checkpoint.allow_changes=[rollout.kind,gkd.lmbda,optim.lr]"
     assert allowed in refused.stderr
@@ -229,16 +211,15 @@ def kill_server(process: subprocess.Popen) -> list[psutil.Process]:
 
 def test_a_mistake_is_refused_before_any_rank_talks_to_another(tmp_path):
     config = write_run_config(tmp_path)
-    command = [sys.executable, str(ROOT / "launch" / "pretrain_gkd.py"), "--config", str(config)]
-    wrong = [*command, "train.train_iters=ten", "los.beta=0.5", "--check"]
-    result = subprocess.run(wrong, capture_output=True, text=True)
+    command = "launch/pretrain_gkd.py", "--config", config, "--check"
+    result = run_python(*command, "train.train_iters=ten", "los.beta=0.5")
     assert result.returncode == 2
     assert "train.train_iters" in result.stderr
     assert "did you mean 'loss'" in result.stderr
-    result = subprocess.run([*command, "--check", "--world-size", "3"], capture_output=True, text=True)
+    result = run_python(*command, "--world-size", "3")
     assert result.returncode == 2
     assert "tensor_model_parallel_size=2" in result.stderr
-    result = subprocess.run([*command, "--check", "--world-size", "2"], capture_output=True, text=True)
+    result = run_python(*command, "--world-size", "2")
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -258,19 +239,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_check_needs_no_torch(tmp_path):
     config = write_run_config(tmp_path)
-    script = str(ROOT / "launch" / "pretrain_gkd.py")
-    command = [
-        sys.executable,
-        "-c",
-        CHECK_WITHOUT_TORCH,
-        script,
-        "--config",
-        str(config),
-        "--check",
-        "--world-size",
-        "2",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = "launch/pretrain_gkd.py", "--config", config, "--check", "--world-size", "2"
+    result = run_python("-c", CHECK_WITHOUT_TORCH, *command)
     assert result.returncode == 0, result.stderr
     assert "fine for 2 ranks" in result.stdout
 
@@ -279,9 +249,7 @@ def test_unusable_prompts_are_refused_with_their_line_and_noted_in_the_status(tm
     config = write_run_config(tmp_path)
     with (tmp_path / "prompts.jsonl").open("a") as file:
         file.write('{"prompt": 7}\n')
-    result = subprocess.run(
-        training_command(config), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    result = run_torchrun(config)
     assert result.returncode != 0
     assert "refused: " in result.stderr
     assert "prompts.jsonl:21" in result.stderr
@@ -293,12 +261,7 @@ def test_unusable_prompts_are_refused_with_their_line_and_noted_in_the_status(tm
 def test_a_dry_run_shows_memory_and_times_and_writes_nothing(tmp_path):
     config = write_run_config(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    result = subprocess.run(
-        training_command(config, "--dry-run"),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    result = run_torchrun(config, "--dry-run")
     assert result.returncode == 0, result.stderr[-5000:]
     assert "8 samples of 76 tokens = 608 tokens per iteration" in result.stdout
     for words in ("teacher", "student", "rank 0: peak memory", "rank 1: peak memory"):

@@ -4,14 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tests.support.processes import ONE_THREAD, ROOT, run_python, wait_until
 from tests.support.tiny_models import write_prompts, write_tiny_model
-
-ROOT = Path(__file__).parents[2]
 
 
 def write_run_config(folder: Path, **sections: Any) -> Path:
@@ -49,12 +49,17 @@ def write_run_config(folder: Path, **sections: Any) -> Path:
     return file
 
 
-def training_command(config: Path, *overrides: str, num_ranks: int = 2) -> list[str]:
-    """What a user types, with this environment's Python."""
+def _torchrun(config: Path, overrides: tuple[str, ...], num_ranks: int) -> list[str]:
+    """The command that a user types, as arguments of Python."""
     return [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks),
+        "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks),
         str(ROOT / "launch" / "pretrain_gkd.py"), "--config", str(config), *overrides,
     ]  # fmt: skip
+
+
+def run_torchrun(config: Path, *overrides: str, num_ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, whatever that is."""
+    return run_python(*_torchrun(config, overrides, num_ranks))
 
 
 def launch(
@@ -63,10 +68,10 @@ def launch(
     """Start the command in a session of its own; its output goes to ``log_file``."""
     with (log_file or config.with_suffix(".log")).open("ab") as output:
         return subprocess.Popen(
-            training_command(config, *overrides, num_ranks=num_ranks),
+            [sys.executable, *_torchrun(config, overrides, num_ranks)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **ONE_THREAD},
             start_new_session=True,
         )
 
@@ -83,6 +88,26 @@ def train(config: Path, *overrides: str, num_ranks: int = 2, timeout_s: float = 
     output = log_file.read_text()
     assert code == 0, output[-5000:]
     return output
+
+
+def wait_for_run(
+    condition: Callable[[], object], process: subprocess.Popen, log_file: Path, timeout_s: float
+) -> None:
+    """Wait until ``condition`` holds while the launched ``process`` lives.
+
+    Raises:
+        AssertionError: It ended before, or the condition did not hold in time; the message has the end of its log.
+    """
+
+    def log_tail() -> str:
+        return log_file.read_text()[-5000:]
+
+    def is_met() -> bool:
+        met = bool(condition())
+        assert met or process.poll() is None, log_tail()
+        return met
+
+    wait_until(is_met, timeout_s, explain=log_tail)
 
 
 def read_status(run: Path) -> dict[str, Any]:

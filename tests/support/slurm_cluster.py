@@ -11,10 +11,10 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from megatron_gkd.serving import guard
+from tests.support.processes import wait_until
 
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 START_TIMEOUT_S = 20.0
@@ -126,11 +126,11 @@ class SlurmCluster:
         self.run("mungekey", "--create", f"--keyfile={folder}/munge.key")
         files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         self._start("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files)
-        _wait_until((folder / "munge.socket").exists, "munged")
+        wait_until((folder / "munge.socket").exists, START_TIMEOUT_S, explain=lambda: "munged")
         self._start("slurmctld", "-D")
         for node in self._nodes():
             self._start("slurmd", "-D", "-N", node)
-        _wait_until(self._all_idle, "all nodes idle")
+        wait_until(self._all_idle, START_TIMEOUT_S, explain=lambda: "all nodes idle")
 
     def _start(self, *command: str) -> None:
         guarded = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(GRACE_S), *command]
@@ -161,10 +161,3 @@ def _free_ports(count: int) -> list[int]:
     for probe in sockets:
         probe.close()
     return ports
-
-
-def _wait_until(condition, what: str) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {START_TIMEOUT_S:g} s for {what}"
-        time.sleep(0.1)

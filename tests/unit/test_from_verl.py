@@ -3,14 +3,14 @@
 import re
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 
 import yaml
 
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.base import Config, sections_of
+from tests.support.processes import ROOT
 
-PAGE = Path(__file__).parents[2] / "docs" / "from_verl.md"
+PAGE = ROOT / "docs" / "from_verl.md"
 
 # the recipe's configuration and what its code reads beside it (verl-recipe 48ea0a7); lists are keys without keys of their own
 RECIPE = yaml.safe_load("""

@@ -1,13 +1,11 @@
 """What may be imported or called where, as far as ruff and import-linter cannot see it."""
 
 import ast
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.processes import ROOT, run_python
+
 PACKAGE = ROOT / "megatron_gkd"
 
 LOAD_WITHOUT_TORCH = """
@@ -32,9 +30,7 @@ else:
 
 
 def test_a_configuration_is_checked_without_torch():
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD_WITHOUT_TORCH], cwd=ROOT, capture_output=True, text=True
-    )
+    result = run_python("-c", LOAD_WITHOUT_TORCH)
     assert result.returncode == 0, result.stderr
 
 

@@ -6,15 +6,13 @@ tests/e2e/test_training.py.
 
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_gkd.config import GkdConfig
+from tests.support.processes import ROOT, run_python
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
@@ -50,7 +48,7 @@ SCRIPTS = sorted(set(re.findall(r"python ((?:tools|launch)/\w+\.py)", README)))
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_options_that_the_readme_gives_a_script_are_known_to_it(script):
     shown = re.findall(rf"python {script}([^`\n]*)", README)
-    result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    result = run_python(script, "--help")
     assert result.returncode == 0, result.stderr
     for option in {word for line in shown for word in line.split() if word.startswith("--")}:
         assert option in result.stdout

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-SLURM = Path(__file__).parents[2] / "launch" / "slurm"
+from tests.support.processes import ROOT
+
+SLURM = ROOT / "launch" / "slurm"
 STAND_INS = """
 set -euo pipefail
 run_folder=$1 code=. resolved=run.yaml

@@ -1,11 +1,10 @@
 """What becomes of the queue's process when signals reach the whole process group, and when its owner is killed."""
 
-import subprocess
-import sys
-import time
-from pathlib import Path
+import contextlib
 
 import psutil
+
+from tests.support.processes import ROOT, run_python, wait_until_gone
 
 # the signals begin before the process is there and go on while it starts
 UNDER_SIGNALS = """
@@ -37,25 +36,9 @@ if __name__ == "__main__":
 def test_the_process_outlives_signals_but_not_its_owner(tmp_path):
     script = tmp_path / "owner.py"
     script.write_text(UNDER_SIGNALS)
-    owner = subprocess.run(
-        [sys.executable, script],
-        cwd=Path(__file__).parents[3],
-        env={"PYTHONPATH": str(Path(__file__).parents[3]), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-        timeout=60,
-    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    owner = run_python(script, env=environment, start_new_session=True, timeout=60)
     assert owner.stdout.startswith("written "), owner.stderr
     pid = int(owner.stdout.split()[1])
-    deadline = time.monotonic() + 10
-    while is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(pid)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        wait_until_gone([psutil.Process(pid)], timeout_s=10)

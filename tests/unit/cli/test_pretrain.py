@@ -2,8 +2,6 @@
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,7 @@ from megatron_gkd.config import load_config
 from megatron_gkd.observability import Status, StatusFile
 from megatron_gkd.observability.run_lock import RunLock
 from tests.support.launching import write_run_config
-
-ROOT = Path(__file__).parents[3]
+from tests.support.processes import run_python
 
 SHOW_ENVIRONMENT_AT_IMPORT_OF_TORCH = """
 import os, runpy, sys
@@ -35,13 +32,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_the_environment_is_set_before_torch_is_imported(tmp_path):
     env_vars = {"A_FILE": "{output_dir}/dumps/{process}", "OF_USER": "config"}
     config = write_run_config(tmp_path, runtime={"env_vars": env_vars})
-    script = str(ROOT / "launch" / "pretrain_gkd.py")
-    result = subprocess.run(
-        [sys.executable, "-c", SHOW_ENVIRONMENT_AT_IMPORT_OF_TORCH, script, "--config", str(config)],
-        env={**os.environ, "OF_USER": "shell", "WORLD_SIZE": "2"},
-        capture_output=True,
-        text=True,
-    )
+    command = "launch/pretrain_gkd.py", "--config", config
+    environment = {**os.environ, "OF_USER": "shell", "WORLD_SIZE": "2"}
+    result = run_python("-c", SHOW_ENVIRONMENT_AT_IMPORT_OF_TORCH, *command, env=environment)
     assert result.stdout == f"{tmp_path}/run/dumps/rank_0 shell\n", result.stderr
     assert (tmp_path / "run" / "dumps").is_dir()
 

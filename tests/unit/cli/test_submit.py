@@ -8,6 +8,7 @@ import pytest
 from megatron_gkd.cli.submit import CODE_VARIABLE, CONFIG_FILE, main
 from megatron_gkd.config import load_config
 from tests.support.launching import write_run_config
+from tests.support.processes import ROOT
 
 SBATCH = """#!/bin/sh
 python3 -c 'import json, os, sys; print(json.dumps([os.environ["MEGATRON_GKD_CODE"], sys.argv[1:]]))' "$@" > "$0.calls"
@@ -95,5 +96,5 @@ def test_a_machine_without_slurm_is_told_where_to_submit(job, tmp_path, capsys, 
 
 
 def test_the_variable_of_the_job_files_is_the_one_that_is_set():
-    job = Path(__file__).parents[3] / "launch" / "slurm" / "job.sh"
+    job = ROOT / "launch" / "slurm" / "job.sh"
     assert f"${{{CODE_VARIABLE}:-" in job.read_text()

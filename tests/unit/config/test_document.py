@@ -1,12 +1,9 @@
 """The files written from the schema are up to date, and the file of defaults says what the schema says."""
 
-from pathlib import Path
-
 import pytest
 
 from megatron_gkd.config import ConfigError, GkdConfig, document, load_config
-
-ROOT = Path(__file__).parents[3]
+from tests.support.processes import ROOT
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ choice says what happens; there is nothing to read.
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.base import Config, sections_of
+from tests.support.processes import ROOT
 
-PACKAGE = Path(__file__).parents[3] / "megatron_gkd"
+PACKAGE = ROOT / "megatron_gkd"
 
 
 def leaf_keys(section: type[Config], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,12 +1,11 @@
 """The runtime section: what may be set, and the shipped file. That it is applied: tests/unit/cli/test_pretrain.py."""
 
-from pathlib import Path
-
 import pytest
 
 from megatron_gkd.config import ConfigError, load_config
+from tests.support.processes import ROOT
 
-RUNTIME_FILE = Path(__file__).parents[3] / "configs" / "runtime_env.yaml"
+RUNTIME_FILE = ROOT / "configs" / "runtime_env.yaml"
 
 
 @pytest.mark.parametrize("order", [1, -1])

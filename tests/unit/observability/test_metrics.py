@@ -2,13 +2,13 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from megatron_gkd.observability.metrics import Metric, Metrics, MetricsWriter, SampleWriter
+from tests.support.processes import run_python
 
 
 @pytest.mark.parametrize(
@@ -213,4 +213,4 @@ def test_package_loads_and_collects_numbers_without_torch():
         "m = Metrics(); m.add('a', 1, unit='s', reduce='sum'); assert m.take()[0].value == 1\n"
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", code, check=True)

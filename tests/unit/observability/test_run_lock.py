@@ -9,15 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from megatron_gkd.observability import run_lock
 from megatron_gkd.observability.run_lock import FolderInUseError, RunLock
+from tests.support.processes import ROOT, wait_until
 
-ROOT = Path(__file__).parents[3]
 HOLD = """
 import os, pathlib, sys, time
 from megatron_gkd.observability.run_lock import RunLock
@@ -102,14 +100,14 @@ def test_a_forked_process_does_not_keep_the_folder(tmp_path):
 
 
 def acquire_within(lock, timeout_s):
-    deadline = time.monotonic() + timeout_s
-    while True:
+    def is_acquired():
         try:
-            return lock.acquire()
+            lock.acquire()
         except FolderInUseError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+            return False
+        return True
+
+    wait_until(is_acquired, timeout_s)
 
 
 def test_ranks_of_one_launch_know_the_lock_of_theirs(tmp_path, monkeypatch):

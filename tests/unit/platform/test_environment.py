@@ -2,11 +2,10 @@
 
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from megatron_gkd.platform.environment import Environment, Placeholders
+from tests.support.processes import run_python
 
 
 def test_placeholders_name_the_run_the_machine_and_the_process(tmp_path):
@@ -58,7 +57,6 @@ print(given.get("OMP_NUM_THREADS"), given.get("OF_USER"), "torch" in __import__(
 
 def test_what_torchrun_adds_is_not_the_users():
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"OF_USER": "x"}
-    command = [sys.executable, "-c", LIKE_TORCHRUN, WORKER]
     for given, expected in (({}, "None x False"), ({"OMP_NUM_THREADS": "2"}, "2 x False")):
-        result = subprocess.run(command, env=environment | given, capture_output=True, text=True, check=True)
+        result = run_python("-c", LIKE_TORCHRUN, WORKER, env=environment | given, check=True)
         assert result.stdout.strip() == expected

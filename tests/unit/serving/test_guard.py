@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from megatron_gkd.serving import guard
+from tests.support.processes import running, wait_until, wait_until_gone
 
 # a server whose child has a session of its own, as a stubborn helper process might, and ignores SIGTERM
 SERVER = """
@@ -30,15 +30,6 @@ time.sleep(60)
 """
 
 
-def wait_for(condition, timeout_s: float = 10.0):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if result := condition():
-            return result
-        time.sleep(0.02)
-    pytest.fail(f"condition not met within {timeout_s} s")
-
-
 def start_guard(*command: str, grace_s: float = 5.0) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(grace_s), *command],
@@ -49,11 +40,9 @@ def start_guard(*command: str, grace_s: float = 5.0) -> subprocess.Popen:
 
 def descendants(pid: int, number: int) -> list[psutil.Process]:
     process = psutil.Process(pid)
-    return wait_for(lambda: found if len(found := process.children(recursive=True)) >= number else None)
-
-
-def are_gone(processes: list[psutil.Process]) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+    return wait_until(
+        lambda: found if len(found := process.children(recursive=True)) >= number else [], timeout_s=10
+    )
 
 
 @pytest.mark.parametrize(("code", "expected"), [("sys.exit(7)", 7), ("os.kill(os.getpid(), 9)", 128 + 9)])
@@ -68,7 +57,7 @@ def test_stopping_leaves_no_process_even_outside_the_group(kind):
     children = descendants(process.pid, 2)
     process.terminate()
     process.wait(10)
-    assert are_gone(children)
+    assert not running(children)
     assert all(not child.is_running() for child in children), "the guard reaps what it adopts"
 
 
@@ -77,7 +66,7 @@ def test_a_killed_server_takes_its_children_along():
     children = descendants(process.pid, 2)
     psutil.Process(process.pid).children()[0].kill()
     assert process.wait(10) == 128 + signal.SIGKILL
-    assert are_gone(children)
+    assert not running(children)
 
 
 def test_a_killed_guard_takes_the_server_along():
@@ -85,7 +74,7 @@ def test_a_killed_guard_takes_the_server_along():
     children = descendants(process.pid, 1)
     process.kill()
     process.wait(10)
-    wait_for(lambda: are_gone(children))
+    wait_until_gone(children, timeout_s=10)
 
 
 def test_nothing_survives_a_trainer_that_is_killed(tmp_path: Path):
@@ -97,4 +86,4 @@ def test_nothing_survives_a_trainer_that_is_killed(tmp_path: Path):
     children = descendants(trainer.pid, 3)
     trainer.kill()
     trainer.wait(10)
-    wait_for(lambda: are_gone(children))
+    wait_until_gone(children, timeout_s=10)
