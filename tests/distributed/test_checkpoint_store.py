@@ -17,16 +17,8 @@ import pytest
 import torch
 
 from tests.support.on_ranks import DP, PP2, PP2_VPP2, TP2, TP2_PP2, Split, allow_saving, student_groups
-from tests.support.run_config import (
-    LENGTHS,
-    build_parts,
-    copy_of,
-    leave,
-    make_batch,
-    make_world,
-    update,
-    write_config,
-)
+from tests.support.run_config import write_config
+from tests.support.run_parts import LENGTHS, build_parts, copy_of, leave, make_batch, make_world, update
 from tests.support.tiny_models import write_tiny_model
 
 SMALL = {"hidden_size": 32, "num_layers": 4, "ffn": 64}

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_SP, Split, allow_saving
-from tests.support.run_config import (
+from tests.support.run_config import write_config
+from tests.support.run_parts import (
     LENGTHS,
     assert_resumes,
     build_parts,
@@ -18,7 +19,6 @@ from tests.support.run_config import (
     make_batch,
     make_world,
     update,
-    write_config,
 )
 from tests.support.tiny_models import write_tiny_model
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from megatron_gkd.data.sample import Batch
 from tests.support.on_ranks import DP, PP2, PP2_VPP2, PP4, TP2, TP2_PP2, TP2_PP2_SP, TP2_SP, Split
-from tests.support.run_config import (
+from tests.support.run_config import write_config
+from tests.support.run_parts import (
     build_parts,
     copy_of,
     export_gradients,
@@ -25,7 +26,6 @@ from tests.support.run_config import (
     make_batch,
     make_world,
     update,
-    write_config,
 )
 from tests.support.tiny_models import write_tiny_model
 

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.run_config import make_world, write_config
+from tests.support.run_config import write_config
+from tests.support.run_parts import make_world
 
 
 def test_a_streamed_row_that_cannot_be_used_ends_the_run_with_a_checkpoint_before_its_iteration(

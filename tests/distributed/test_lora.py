@@ -13,7 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_PP2_SP, TP2_SP, Split, allow_saving
-from tests.support.run_config import (
+from tests.support.run_config import write_config
+from tests.support.run_parts import (
     LENGTHS,
     assert_resumes,
     build_parts,
@@ -23,7 +24,6 @@ from tests.support.run_config import (
     make_store,
     make_world,
     update,
-    write_config,
 )
 from tests.support.tiny_models import EOS_ID, write_tiny_model
 

@@ -12,7 +12,8 @@ import pytest
 
 from tests.support.counting import counted
 from tests.support.on_ranks import DP, PP2, PP2_VPP2, TP2, TP2_SP, Split
-from tests.support.run_config import build_parts, leave, make_batch, make_world, update, write_config
+from tests.support.run_config import write_config
+from tests.support.run_parts import build_parts, leave, make_batch, make_world, update
 from tests.support.tiny_models import write_tiny_model
 
 SMALL = {"hidden_size": 32, "num_layers": 4, "ffn": 64, "gain": 1 / 3}

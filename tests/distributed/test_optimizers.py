@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.support.on_ranks import PP2, TP2, TP2_PP2, Split, allow_saving
-from tests.support.run_config import (
+from tests.support.run_config import write_config
+from tests.support.run_parts import (
     LENGTHS,
     assert_resumes,
     build_parts,
@@ -17,7 +18,6 @@ from tests.support.run_config import (
     make_batch,
     make_world,
     update,
-    write_config,
 )
 from tests.support.tiny_models import write_tiny_model
 

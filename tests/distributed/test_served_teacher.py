@@ -15,7 +15,7 @@ import torch
 from megatron_gkd.data.sample import Batch, MicroBatch, Sample
 from megatron_gkd.serving import EngineError, EngineTimeout, TeacherClient, TopK
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_SP, Split, student_groups
-from tests.support.run_config import LENGTHS, make_batch
+from tests.support.run_parts import LENGTHS, make_batch
 from tests.support.tiny_models import PAD_ID
 
 TOP_K = 3

@@ -13,20 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_PP2_SP, TP2_SP, Split
-from tests.support.run_config import (
-    LENGTHS,
-    build_parts,
-    copy_of,
-    leave,
-    make_batch,
-    make_world,
-    update,
-    write_config,
-)
+from tests.support.run_config import write_config
+from tests.support.run_parts import LENGTHS, build_parts, copy_of, leave, make_batch, make_world, update
 from tests.support.tiny_models import write_tiny_model
 
 SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
@@ -134,10 +125,7 @@ def test_cross_entropy_is_mixed_in_or_trains_alone(run_on_ranks, cases, tmp_path
         "loss": {"divergence": "jsd", "sft_weight": sft_weight},
         "optim": {**OPTIM, "clip_grad": 1.0},
     }
-    job = write_config(tmp_path, student, teacher, split=split, **sections)
-    if sft_weight == 1:
-        tree = yaml.safe_load(job.read_text())
-        job.write_text(yaml.safe_dump({**tree, "teacher": {"kind": "none"}}))
+    job = write_config(tmp_path, student, teacher if sft_weight < 1 else None, split=split, **sections)
     run_on_ranks(2, _train, [job])
     losses, norms = json.loads((job.parent / "curves.json").read_text())
     assert losses == pytest.approx(outcome.losses, rel=1e-6)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from megatron_gkd.serving.errors import EngineError, StaleWeights
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_SP, Split
-from tests.support.run_config import build_parts, leave, make_batch, make_world, update, write_config
+from tests.support.run_config import write_config
+from tests.support.run_parts import build_parts, leave, make_batch, make_world, update
 from tests.support.tiny_models import write_tiny_model
 
 SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}

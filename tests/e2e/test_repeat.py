@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_gkd.serving import ServerProcess
-from tests.support.launching import read_metrics, train, write_run_config
+from tests.support.launching import read_metrics, train
+from tests.support.run_config import write_run_config
 from tests.support.tiny_models import TOKENIZER_SIZE
 
 NUM_ITERATIONS = 10

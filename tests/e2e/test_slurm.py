@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launching import read_metrics, read_status, write_run_config
+from tests.support.launching import read_metrics, read_status
 from tests.support.processes import ROOT, wait_until
+from tests.support.run_config import write_run_config
 from tests.support.slurm_cluster import SlurmCluster, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

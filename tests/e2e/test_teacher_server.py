@@ -17,9 +17,10 @@ import torch
 from megatron_gkd.serving import EngineReplyInvalid, ServerProcess, TeacherClient
 from tests.e2e.conftest import CONTEXT_LENGTH
 from tests.support.hf_reference import load_hf_model
-from tests.support.launching import launch, read_metrics, read_status, wait_for_run, write_run_config
+from tests.support.launching import launch, read_metrics, read_status, wait_for_run
 from tests.support.on_ranks import TP2
-from tests.support.run_config import LENGTHS, build_parts, leave, make_batch, make_world, update, write_config
+from tests.support.run_config import write_config, write_run_config
+from tests.support.run_parts import LENGTHS, build_parts, leave, make_batch, make_world, update
 from tests.support.tiny_models import TOKENIZER_SIZE, write_tiny_model
 
 pytestmark = pytest.mark.timeout(400)

@@ -16,16 +16,9 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.support.launching import (
-    launch,
-    read_metrics,
-    read_status,
-    run_torchrun,
-    train,
-    wait_for_run,
-    write_run_config,
-)
+from tests.support.launching import launch, read_metrics, read_status, run_torchrun, train, wait_for_run
 from tests.support.processes import run_python, running
+from tests.support.run_config import write_run_config
 from tests.support.tiny_models import write_prompts
 
 NUM_ITERATIONS = 12

@@ -8,45 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tests.support.processes import ONE_THREAD, ROOT, run_python, wait_until
-from tests.support.tiny_models import write_prompts, write_tiny_model
-
-
-def write_run_config(folder: Path, **sections: Any) -> Path:
-    """A student (TP2), a teacher of another depth (PP2), prompts, and a YAML file for two ranks that uses them.
-
-    ``sections`` replace or extend the sections of the same name.
-    """
-    tree: dict[str, Any] = {
-        "student": {
-            "hf": str(write_tiny_model(folder / "student", seed=1)),
-            "parallel": {"tensor_model_parallel_size": 2},
-        },
-        "teacher": {
-            "hf": str(
-                write_tiny_model(folder / "teacher", seed=2, num_layers=2, hidden_size=32, num_heads=2)
-            ),
-            "parallel": {"pipeline_model_parallel_size": 2},
-        },
-        "rollout": {"kind": "megatron", "max_new_tokens": 12},
-        "gkd": {"lmbda": 0.5},
-        "data": {"prompts": str(write_prompts(folder / "prompts.jsonl", 20)), "max_prompt_length": 64},
-        "optim": {"lr": 3e-3, "warmup_iters": 1, "decay_style": "cosine"},
-        "train": {
-            "train_iters": 4,
-            "global_batch_size": 8,
-            "micro_batch_size": 4,
-            "output_dir": str(folder / "run"),
-            "precision": "fp32",
-        },
-    }
-    for name, section in sections.items():
-        tree[name] = {**tree.get(name, {}), **section}
-    file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    return file
 
 
 def _torchrun(config: Path, overrides: tuple[str, ...], num_ranks: int) -> list[str]:

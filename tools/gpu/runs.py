@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from tests.support.launching import read_metrics, read_status, train, write_run_config
+from tests.support.launching import read_metrics, read_status, train
+from tests.support.run_config import write_run_config
 from tools.gpu.machine import Machine
 from tools.gpu.report import StageReport
 

@@ -13,7 +13,7 @@ import pytest
 from megatron_gkd.cli import pretrain, serve
 from megatron_gkd.serving import TeacherClient
 from megatron_gkd.serving.process import ServerProcess
-from tests.support.launching import write_run_config
+from tests.support.run_config import write_run_config
 from tests.support.tiny_models import TOKENIZER_SIZE, write_tiny_model
 
 

@@ -11,8 +11,8 @@ from megatron_gkd.cli.pretrain import main
 from megatron_gkd.config import load_config
 from megatron_gkd.observability import Status, StatusFile
 from megatron_gkd.observability.run_lock import RunLock
-from tests.support.launching import write_run_config
 from tests.support.processes import run_python
+from tests.support.run_config import write_run_config
 
 SHOW_ENVIRONMENT_AT_IMPORT_OF_TORCH = """
 import os, runpy, sys

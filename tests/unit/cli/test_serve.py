@@ -7,7 +7,7 @@ import pytest
 
 from megatron_gkd.cli import serve
 from megatron_gkd.serving import EngineDied
-from tests.support.launching import write_run_config
+from tests.support.run_config import write_run_config
 
 
 class StandIn:

@@ -7,8 +7,8 @@ import pytest
 
 from megatron_gkd.cli.submit import CODE_VARIABLE, CONFIG_FILE, main
 from megatron_gkd.config import load_config
-from tests.support.launching import write_run_config
 from tests.support.processes import ROOT
+from tests.support.run_config import write_run_config
 
 SBATCH = """#!/bin/sh
 python3 -c 'import json, os, sys; print(json.dumps([os.environ["MEGATRON_GKD_CODE"], sys.argv[1:]]))' "$@" > "$0.calls"

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+
+from tests.support.run_config import write_tree
 
 HF_CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -48,6 +49,4 @@ def tree(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def config_file(tmp_path: Path, tree: dict[str, Any]) -> Path:
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    return file
+    return write_tree(tmp_path / "config.yaml", tree)

@@ -3,13 +3,14 @@ the new values: tests/distributed/test_checkpoint_store.py and tests/e2e."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 
 from megatron_gkd.config import ConfigError, GkdConfig, load_config
 from megatron_gkd.config.base import OnResume, all_keys
 from megatron_gkd.config.resume import check_resume, is_named, permitted_changes, rule_of
+from tests.support.run_config import write_tree
 
 FREE = (
     "student.parallel",
@@ -61,11 +62,9 @@ FIXED = (
 
 
 @pytest.fixture
-def run(config_file: Path, tmp_path: Path) -> Path:
+def run(config_file: Path, tree: dict[str, Any], tmp_path: Path) -> Path:
     """The file of a run that has written two checkpoints."""
-    tree = yaml.safe_load(config_file.read_text())
-    tree["train"]["output_dir"] = str(tmp_path / "run")
-    config_file.write_text(yaml.safe_dump(tree))
+    write_tree(config_file, tree, train={"output_dir": str(tmp_path / "run")})
     for iteration in (1, 2):
         _write_checkpoint(load_config(config_file), iteration)
     return config_file

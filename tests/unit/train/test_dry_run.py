@@ -2,7 +2,7 @@
 
 from megatron_gkd.config import load_config
 from megatron_gkd.train.dry_run import largest_batch
-from tests.support.launching import write_run_config
+from tests.support.run_config import write_run_config
 
 
 def test_every_sample_has_the_longest_prompt_and_completion(tmp_path):

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megatron_gkd.config import load_config
 from megatron_gkd.data.streaming import StreamedPrompts
@@ -16,6 +15,7 @@ from megatron_gkd.train.inputs import (
     build_validation_prompts,
     with_iterations,
 )
+from tests.support.run_config import write_tree
 from tests.support.tiny_models import EOS_ID, TOKENIZER_SIZE, write_tiny_model
 
 
@@ -31,9 +31,8 @@ def build(tmp_path, tiny_llama):
             "data": {"prompts": str(write_rows(tmp_path / "a.jsonl", "a")), "max_prompt_length": 40},
             "train": {"train_iters": 1, "global_batch_size": 4, "output_dir": str(tmp_path / "run")},
         }
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
         write_rows(tmp_path / "b.jsonl", "b", size=3)
-        config = load_config(tmp_path / "config.yaml", overrides)
+        config = load_config(write_tree(tmp_path / "config.yaml", tree), overrides)
         return config, build_tokenizer(config)
 
     return make
