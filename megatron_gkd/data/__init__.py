@@ -1,11 +1,10 @@
-"""Prompts, tokenizer and the values that travel from rollout to the loss."""
+"""Prompt files, tokenizers, and the samples and batches made from them."""
 
 from megatron_gkd.data.prompts import PromptSet, RowPolicy, load_prompts
 from megatron_gkd.data.row_files import open_row_files
 from megatron_gkd.data.rows import RowEncoder, RowKeys, RowLimits
 from megatron_gkd.data.sample import Batch, MicroBatch, Prompt, Sample
-from megatron_gkd.data.streaming import StreamedPrompts
-from megatron_gkd.data.streams import MixedPrompts, PromptLoader, PromptStream
+from megatron_gkd.data.streams import MixedPrompts, PromptLoader, PromptStream, StreamedPrompts
 from megatron_gkd.data.tokenizer import (
     DataError,
     Tokenizer,

@@ -1,4 +1,4 @@
-"""A user's own dataset class or chat template, found by the name that the configuration gives."""
+"""Loading of user-defined dataset classes and chat templates by name."""
 
 import importlib
 import importlib.util
@@ -9,37 +9,37 @@ from megatron_gkd.data.tokenizer import DataError
 
 
 def load_dataset_class(name: str) -> Any:
-    """The object that ``data.dataset_class`` names.
+    """Import the class that ``data.dataset_class`` refers to.
 
     Args:
         name: ``package.module:Name`` or ``path/file.py:Name``.
 
     Raises:
-        DataError: There is no such module, file or name, or it cannot be called. Errors that the module itself raises
-            are handed on.
+        DataError: The module, file or name does not exist, or is not callable. Exceptions raised by the module itself
+            propagate.
     """
-    made = _load("data.dataset_class", name)
-    if not callable(made):
+    loaded = _load("data.dataset_class", name)
+    if not callable(loaded):
         raise DataError(
-            f"data.dataset_class={name!r} is a {type(made).__name__}; give a class that takes a path"
+            f"data.dataset_class={name!r} is a {type(loaded).__name__}; give a class that takes a path"
         )
-    return made
+    return loaded
 
 
 def load_chat_template(name: str) -> str:
-    """The Jinja text that ``data.chat_template`` names.
+    """Return the Jinja source that ``data.chat_template`` refers to.
 
     Args:
-        name: Path of a file, or ``package.module:NAME`` or ``path/file.py:NAME`` of a text.
+        name: Path of a file, or ``package.module:NAME`` or ``path/file.py:NAME`` of a string.
 
     Raises:
-        DataError: There is no such file, module or name, or it is no text.
+        DataError: The file, module or name does not exist, or is not a string.
     """
     if ":" in name:
         template = _load("data.chat_template", name)
         if not isinstance(template, str):
             raise DataError(
-                f"data.chat_template={name!r} is a {type(template).__name__}; give a text in Jinja"
+                f"data.chat_template={name!r} is a {type(template).__name__}; give a string with a Jinja template"
             )
         return template
     try:
@@ -74,7 +74,7 @@ def _load_module(key: str, source: str, name: str) -> Any:
         return importlib.import_module(source)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{source}.".startswith(f"{error.name}."):
-            raise  # the module is there, and misses another one
+            raise  # the module exists; one of its own imports is missing
         raise DataError(
             f"{key}={name!r}: no module {error.name!r} on the Python path; give file.py:Name, or extend PYTHONPATH"
         ) from error

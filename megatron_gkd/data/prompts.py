@@ -1,7 +1,4 @@
-"""Prompt files read as a whole: their usable rows, encoded, with an account of the others.
-
-Rows that cannot be used are counted and reported, never passed over in silence.
-"""
+"""Prompt files read into memory; every row is either encoded or reported."""
 
 from __future__ import annotations
 
@@ -18,18 +15,18 @@ from megatron_gkd.data.tokenizer import DataError, tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
 
-NUM_NAMED_ROWS = 10
-"""How many rows an error names."""
+NUM_NAMED_ROWS = 10  # rows listed in an error message
 
 
 @dataclass(frozen=True)
 class RowPolicy:
-    """What is done about rows that cannot be used.
+    """Handling of unusable rows.
 
     Attributes:
-        overlong: ``drop`` counts and leaves out rows that are too long, ``error`` refuses their file.
-        max_bad_rows: More bad rows than this refuse the files.
-        completions_needed_by: What needs a completion in every row, and the way out; ``None``: nothing does.
+        overlong: ``drop`` skips and counts overlong rows, ``error`` raises.
+        max_bad_rows: More bad rows than this raise.
+        completions_needed_by: Setting that requires a completion in every row, with the fix, for the error message;
+            ``None``: completions are optional.
     """
 
     overlong: Literal["drop", "error"] = "drop"
@@ -39,32 +36,36 @@ class RowPolicy:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The usable rows of one or more files, with an account of the others."""
+    """The usable rows of one or more files, and the reasons for rejecting the others.
+
+    Attributes:
+        prompts: Usable rows, in file order.
+        name: File names, for messages.
+        fingerprint: SHA-256 (hex) of the kept rows and the vocabulary.
+        bad_rows: ``file:line: reason`` of every bad row.
+        overlong_rows: ``file:line: reason`` of every row dropped for its length.
+        ignored_keys: Columns that no row uses.
+    """
 
     prompts: tuple[Prompt, ...]
     name: str
-    """Of the files, for messages."""
     fingerprint: str
-    """SHA-256 (hex) of the kept rows and the vocabulary. Made from the files' text and not from token ids, because
-    some chat templates write the day's date, and a run must be able to resume on another day."""
     bad_rows: tuple[str, ...] = ()
-    """``file:line: reason`` of every bad row."""
     overlong_rows: tuple[str, ...] = ()
-    """``file:line: reason`` of every row dropped for its length."""
     ignored_keys: tuple[str, ...] = ()
 
     @property
     def num_bad(self) -> int:
-        """Rows that could not be read."""
+        """Number of bad rows."""
         return len(self.bad_rows)
 
     @property
     def num_overlong(self) -> int:
-        """Rows dropped because prompt or completion is too long."""
+        """Number of rows dropped because the prompt or the completion is too long."""
         return len(self.overlong_rows)
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         num_completions = sum(prompt.completion_ids is not None for prompt in self.prompts)
         line = (
             f"{self.name}: {len(self.prompts)} prompts ({num_completions} with completion), "
@@ -75,7 +76,7 @@ class PromptSet:
 
 @dataclass
 class _Tally:
-    """What reading the files has found so far."""
+    """Rows read so far, by outcome."""
 
     prompts: list[Prompt] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
@@ -88,27 +89,27 @@ class _Tally:
 def load_prompts(
     files: Sequence[RowFile], encoder: RowEncoder, policy: RowPolicy, *, max_rows: int | None = None
 ) -> PromptSet:
-    """Read and encode files, row by row.
+    """Read and encode all rows of the files.
 
     Args:
-        files: In the order of the rows.
-        encoder: Turns rows into prompts.
-        policy: What is done about rows that cannot be used.
+        files: Read in this order.
+        encoder: Converts rows to prompts.
+        policy: Handling of unusable rows.
         max_rows: Stop after this many prompts.
 
     Raises:
-        DataError: Names file and lines of what is wrong, and what to change.
+        DataError: The policy is violated or no row is usable; the message lists the rows and the fix.
     """
     tally = _Tally()
     tally.digest.update(tokenizer_fingerprint(encoder.tokenizer).encode())
     name = ", ".join(str(file.path) for file in files)
     rows = ((file, row) for file in files for row in file.read())
     for file, row in rows:
-        _take_row(file, row, encoder, tally)
-        # enough to name; the rest of a wrong file need not be read
+        _encode_row(file, row, encoder, tally)
+        # Enough rows for the error message: a file of the wrong format is not read to its end.
         if len(tally.bad) >= policy.max_bad_rows + NUM_NAMED_ROWS or len(tally.prompts) == max_rows:
             break
-    _refuse(name, tally, policy)
+    _check_policy(name, tally, policy)
     return PromptSet(
         prompts=tuple(tally.prompts),
         name=name,
@@ -119,53 +120,55 @@ def load_prompts(
     )
 
 
-def _take_row(file: RowFile, row: RawRow, encoder: RowEncoder, tally: _Tally) -> None:
-    place = file.place(row.number)
+def _encode_row(file: RowFile, row: RawRow, encoder: RowEncoder, tally: _Tally) -> None:
+    location = file.location(row.number)
     try:
         columns = file.parse(row.content)
         prompt = encoder.encode(columns, number=row.number, file=file.index)
     except BadRow as error:
-        tally.bad.append(f"{place}: {error}")
+        tally.bad.append(f"{location}: {error}")
         log.info("Bad row %s", tally.bad[-1])
         return
     except OverlongRow as error:
-        tally.overlong.append(f"{place}: {error}")
+        tally.overlong.append(f"{location}: {error}")
         return
     if prompt.completion_ids is None:
-        tally.without_completion.append(place)
+        tally.without_completion.append(location)
+    # The text is hashed, not the token ids: some chat templates insert today's date (Llama 3.2), and a run must be able
+    # to resume on another day. The length prefix keeps two adjacent rows from hashing like one joined row.
     content = content_bytes(row.content)
     tally.prompts.append(prompt)
     tally.ignored_keys |= encoder.unused_keys(columns)
     tally.digest.update(f"\n{row.number}:{len(content)}:".encode() + content)
 
 
-def _refuse(name: str, tally: _Tally, policy: RowPolicy) -> None:
+def _check_policy(name: str, tally: _Tally, policy: RowPolicy) -> None:
     if len(tally.bad) > policy.max_bad_rows:
         raise too_many_bad_rows(name, tally.bad, policy.max_bad_rows)
     if policy.overlong == "error" and tally.overlong:
         raise DataError(
             f"{name} has {len(tally.overlong)} overlong rows; raise the limit, set data.truncation, or set "
-            f"data.overlong_prompts: drop. {_name_first(tally.overlong)}"
+            f"data.overlong_prompts: drop. {_list_first(tally.overlong)}"
         )
     if not tally.prompts:
         raise DataError(
             f"{name} has no usable prompt ({len(tally.bad)} bad, {len(tally.overlong)} overlong rows). "
-            f"{_name_first(tally.bad + tally.overlong)}"
+            f"{_list_first(tally.bad + tally.overlong)}"
         )
     if policy.completions_needed_by and tally.without_completion:
         raise DataError(
             f"{name} has {len(tally.without_completion)} rows without completion, needed by "
-            f"{policy.completions_needed_by}. {_name_first(tally.without_completion)}"
+            f"{policy.completions_needed_by}. {_list_first(tally.without_completion)}"
         )
 
 
 def too_many_bad_rows(name: str, bad_rows: Sequence[str], limit: int) -> DataError:
-    """The error that names them."""
+    """Return the error that lists the first bad rows."""
     return DataError(
         f"{name} has more than data.max_bad_rows={limit} bad rows; correct them or raise the limit. "
-        f"{_name_first(bad_rows)}"
+        f"{_list_first(bad_rows)}"
     )
 
 
-def _name_first(rows: Sequence[str]) -> str:
+def _list_first(rows: Sequence[str]) -> str:
     return "First rows:" + "".join(f"\n  {row}" for row in rows[:NUM_NAMED_ROWS]) if rows else ""

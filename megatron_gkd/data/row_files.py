@@ -1,4 +1,4 @@
-"""Files of rows, read one row at a time from any place on: JSON lines, plain text, Parquet, or a class of the user."""
+"""Row readers for JSON Lines, plain text, Parquet and user-defined datasets, resumable at any row."""
 
 from __future__ import annotations
 
@@ -11,51 +11,47 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from typing_extensions import override
+
 from megatron_gkd.data.rows import DEFAULT_KEYS, BadRow, RowKeys
 from megatron_gkd.data.tokenizer import DataError
 
 log = logging.getLogger(__name__)
 
+# A longer line is a bad row. Without a limit, a file that lacks newlines would be read into memory as one line.
 MAX_LINE_BYTES = 8 * 1024 * 1024
-"""A longer line is a bad row; it is skipped without being held in memory."""
-PARQUET_ROWS = 256
-"""Rows of a Parquet file that are decoded together."""
-FINGERPRINT_BYTES = 1024 * 1024
-"""What a file's fingerprint reads of its beginning and of its end."""
+PARQUET_ROWS = 256  # decoded per batch
+FINGERPRINT_BYTES = 1024 * 1024  # hashed at each end of a file
 
 Content = bytes | Mapping[str, Any]
 
 
 class Cursor(NamedTuple):
-    """A place between two rows."""
+    """A position between two rows."""
 
-    offset: int = 0
-    """Bytes of a text file, rows of any other, that lie before it."""
-    number: int = 0
-    """Lines or rows that lie before it."""
+    offset: int = 0  # bytes before it in a text file, rows in any other format
+    number: int = 0  # lines or rows before it
 
 
 START = Cursor()
 
 
 class RawRow(NamedTuple):
-    """A row as it stands in its file."""
+    """A row before parsing."""
 
-    number: int
-    """Line or row, counted from 1 as editors do."""
+    number: int  # line or row number, from 1 as in editors
     content: Content
-    end: Cursor
-    """The place behind it."""
+    end: Cursor  # position after the row
 
 
 @dataclass(frozen=True)
 class RowFile:
-    """A file of JSON lines; other formats override ``read`` and ``parse``.
+    """A JSON Lines file; other formats override ``read`` and ``parse``.
 
     Attributes:
         path: The file.
-        keys: Names of the columns.
-        index: Place of the file in the list of files.
+        keys: Column names.
+        index: Index of the file in the list of files.
     """
 
     path: Path
@@ -63,20 +59,21 @@ class RowFile:
     index: int = 0
 
     def read(self, start: Cursor = START) -> Iterator[RawRow]:
-        """The rows behind ``start`` that are not blank; of a line that is too long only the beginning."""
+        """Yield the non-blank rows after ``start``; overlong lines are truncated."""
+        # Binary mode: offsets are bytes and seek is O(1), and a line that is not UTF-8 fails alone.
         with self.path.open("rb") as file:
             file.seek(start.offset)
             number = start.number
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 content = line
-                while line and not line.endswith(b"\n"):
+                while line and not line.endswith(b"\n"):  # discard the rest of an overlong line
                     line = file.readline(MAX_LINE_BYTES)
                 if content.strip():
                     yield RawRow(number, content, Cursor(file.tell(), number))
 
     def parse(self, content: Any) -> Mapping[str, Any]:
-        """The columns of a row.
+        """Return the columns of a row.
 
         Raises:
             BadRow: Too long, not UTF-8, not JSON, or not an object.
@@ -85,14 +82,14 @@ class RowFile:
             row = json.loads(_decode(content))
         except RecursionError as error:
             raise BadRow("nested too deeply") from error
-        except ValueError as error:  # broken JSON, or a number with thousands of digits
+        except ValueError as error:  # JSONDecodeError, or an integer beyond sys.get_int_max_str_digits()
             raise BadRow(f"not JSON: {error}") from error
         if not isinstance(row, dict):
             raise BadRow(f"a JSON {type(row).__name__}, not an object with the key {self.keys.prompt}")
         return row
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of size, beginning and end; does not read a large file as a whole."""
+        """Return the SHA-256 (hex) of the size and of both ends of the file."""
         size = self.path.stat().st_size
         digest = hashlib.sha256(str(size).encode())
         with self.path.open("rb") as file:
@@ -101,28 +98,30 @@ class RowFile:
             digest.update(file.read())
         return digest.hexdigest()
 
-    def place(self, number: int) -> str:
-        """``file:line``, as messages name a row."""
+    def location(self, number: int) -> str:
+        """Return ``file:line`` for messages."""
         return f"{self.path}:{number}"
 
 
 class TextFile(RowFile):
-    """Plain text; each line is a prompt."""
+    """Plain text with one prompt per line."""
 
+    @override
     def parse(self, content: Any) -> Mapping[str, Any]:
-        """See ``RowFile.parse``."""
         return {self.keys.prompt: _decode(content).rstrip("\r\n")}
 
 
 class ParquetFile(RowFile):
-    """Rows of a Parquet file; only the columns in ``keys`` are decoded."""
+    """A Parquet file; only the columns in ``keys`` are decoded."""
 
+    @override
     def read(self, start: Cursor = START) -> Iterator[RawRow]:
-        """See ``RowFile.read``.
+        """Yield the rows after ``start``.
 
         Raises:
             DataError: Not a Parquet file, or it has neither prompts nor conversations.
         """
+        # Imported here: pyarrow is 170 MB on disk and most runs read JSON Lines.
         import pyarrow
         import pyarrow.parquet
 
@@ -132,13 +131,15 @@ class ParquetFile(RowFile):
         except pyarrow.ArrowException as error:
             raise DataError(f"{self.path} cannot be read as Parquet: {error}; write it again") from error
 
+    @override
     def parse(self, content: Any) -> Mapping[str, Any]:
-        """The columns of a row; message fields that are null in this row are left out."""
+        """Return the columns of a row without null message fields."""
         return {key: _without_null_fields(value) for key, value in content.items()}
 
     def _rows(self, file: Any, first: int) -> Iterator[RawRow]:
         columns = self._columns(file.schema_arrow.names)
         groups, skipped = list(range(file.num_row_groups)), 0
+        # A row group is the smallest unit that can be skipped without decoding it.
         while groups and skipped + file.metadata.row_group(groups[0]).num_rows <= first:
             skipped += file.metadata.row_group(groups.pop(0)).num_rows
         if not groups:
@@ -161,24 +162,26 @@ class ParquetFile(RowFile):
 
 @dataclass(frozen=True)
 class CustomFile(RowFile):
-    """Rows that ``make(path)`` gives, one mapping after the other."""
+    """Rows yielded by iterating over ``make(path)``."""
 
     make: Callable[[Path], Iterable[Mapping[str, Any]]] = field(kw_only=True)
 
+    @override
     def read(self, start: Cursor = START) -> Iterator[RawRow]:
-        """See ``RowFile.read``; rows before ``start`` are made and passed over."""
+        # A user's iterable cannot seek: rows before the cursor are produced and dropped.
         rows = itertools.islice(iter(self.make(self.path)), start.number, None)
         for number, row in enumerate(rows, start.number + 1):
             yield RawRow(number, row, Cursor(number, number))
 
+    @override
     def parse(self, content: Any) -> Mapping[str, Any]:
-        """See ``RowFile.parse``."""
         if not isinstance(content, Mapping):
-            raise BadRow(f"data.dataset_class gave a {type(content).__name__}, not a mapping of columns")
+            raise BadRow(f"data.dataset_class yielded a {type(content).__name__}, not a mapping of columns")
         return content
 
+    @override
     def fingerprint(self) -> str:
-        """See ``RowFile.fingerprint``; of a folder, the names and sizes of its files."""
+        """Return the SHA-256 (hex) of the file, or of a folder's file names and sizes."""
         if self.path.is_file():
             return super().fingerprint()
         files = sorted(file for file in self.path.rglob("*") if file.is_file())
@@ -192,7 +195,7 @@ def open_row_files(
     *,
     make: Callable[[Path], Iterable[Mapping[str, Any]]] | None = None,
 ) -> list[RowFile]:
-    """Readers for the files: ``make`` if given, else by the ends of their names.
+    """Return a reader per file, chosen by suffix unless ``make`` is given.
 
     Raises:
         DataError: A file does not exist.
@@ -210,7 +213,7 @@ def _open(path: Path, keys: RowKeys, index: int, make: Callable[[Path], Any] | N
 
 
 def content_bytes(content: Content) -> bytes:
-    """A row's content, for a digest."""
+    """Return a row's content as bytes to be hashed."""
     return (
         content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, default=repr).encode()
     )
@@ -226,7 +229,8 @@ def _decode(line: bytes) -> str:
 
 
 def _without_null_fields(value: Any) -> Any:
-    """Messages whose optional fields are columns of the file have them in every row, mostly as null."""
+    # Arrow gives every struct of a column the same fields: {"role", "content"} becomes {..., "name": None} as soon
+    # as one row of the file has a name, and the check of messages would refuse the extra key.
     if isinstance(value, list):
         return [_without_null_fields(item) for item in value]
     if isinstance(value, dict):

@@ -1,12 +1,12 @@
-"""One row to token ids, or the reason why not."""
+"""Tokenization of single rows: prompts, completions, chat messages and whole conversations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from megatron_gkd.data.conversation import assistant_spans
 from megatron_gkd.data.sample import Prompt
 from megatron_gkd.data.tokenizer import MessagesRefused, Tokenizer
 
@@ -16,15 +16,15 @@ Messages = list[dict[str, str]]
 
 
 class BadRow(Exception):
-    """Why a row cannot be used."""
+    """A row that cannot be used, with the reason."""
 
 
 class OverlongRow(Exception):
-    """Which part of a row is too long."""
+    """A row with a part that exceeds its token limit."""
 
 
 class RowKeys(NamedTuple):
-    """Names of the columns."""
+    """Column names."""
 
     prompt: str = "prompt"
     completion: str = "completion"
@@ -37,13 +37,13 @@ DEFAULT_KEYS = RowKeys()
 
 @dataclass(frozen=True)
 class RowLimits:
-    """Tokens of the longest parts of a row that are used.
+    """Maximum lengths of the parts of a row, in tokens.
 
     Attributes:
-        prompt: Longest prompt.
-        teacher_prompt: Longest prompt for the teacher; ``None``: as ``prompt``.
-        completion: Longest completion, end-of-sequence token included; ``None`` keeps all. Never cut.
-        truncation: Whether a longer prompt is refused, or cut at its beginning (left) or end (right).
+        prompt: Of the prompt.
+        teacher_prompt: Of the teacher's prompt; ``None``: as ``prompt``.
+        completion: Of the completion, including its end-of-sequence token; ``None``: no limit. Never truncated.
+        truncation: Reject longer prompts (error), or drop tokens from their beginning (left) or end (right).
     """
 
     prompt: int
@@ -53,42 +53,39 @@ class RowLimits:
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt's text and ids.
-
-    ``loss_mask`` has one flag per id, or none: which of them belong to earlier turns of the assistant.
-    """
+    """Text and token ids of a prompt."""
 
     text: str
     ids: tuple[int, ...]
-    loss_mask: tuple[bool, ...] = ()
+    loss_mask: tuple[bool, ...] = ()  # True for tokens of earlier assistant turns; empty if there are none
 
 
 class RowEncoder:
-    """Turns rows into prompts.
+    """Converts rows to ``Prompt``.
 
-    Texts get the tokenizer's default special tokens, chat messages go through its template, completions have no
-    special token but an end-of-sequence token at their end.
+    Text prompts get the tokenizer's default special tokens, chat messages are rendered by its chat template, and
+    completions get no special token except a final end-of-sequence token.
 
     Args:
-        tokenizer: Encodes every text.
-        limits: What is too long.
-        keys: Names of the columns.
+        tokenizer: Tokenizer of the student.
+        limits: Maximum lengths.
+        keys: Column names.
     """
 
     def __init__(self, tokenizer: Tokenizer, limits: RowLimits, keys: RowKeys = DEFAULT_KEYS):
         self.tokenizer, self._limits, self._keys = tokenizer, limits, keys
 
     def encode(self, row: Mapping[str, Any], *, number: int, file: int = 0) -> Prompt:
-        """The prompt of a row.
+        """Encode one row.
 
         Args:
-            row: Columns by name.
-            number: Line or row of the file, from 1.
-            file: Place of the file in the list of files.
+            row: Values by column name.
+            number: Line or row number in the file, from 1.
+            file: Index of the file in the list of files.
 
         Raises:
-            BadRow: Something is missing, empty, of a wrong type, or refused by the chat template.
-            OverlongRow: A part is longer than its limit.
+            BadRow: A value is missing, empty, of a wrong type, or rejected by the chat template.
+            OverlongRow: A part exceeds its limit.
             DataError: The tokenizer cannot encode any row of this kind (no chat template).
         """
         prompt, completion = self._prompt_and_completion(row)
@@ -106,16 +103,16 @@ class RowEncoder:
             completion_ids=completion_ids,
             text=prompt.text,
             file=file,
-            # the teacher's own prompt has no rows for the earlier turns
+            # With a prompt of its own the teacher scores the completion only: it has no logits for earlier turns.
             loss_mask=() if teacher_ids else prompt.loss_mask,
             teacher_ids=teacher_ids,
         )
 
     def unused_keys(self, row: Mapping[str, Any]) -> set[str]:
-        """Columns of the row that ``encode`` does not look at."""
+        """Return the columns of the row that ``encode`` ignores."""
         used = set(self._keys)
         if row.get(self._keys.prompt) is not None:
-            used.discard(self._keys.messages)
+            used.discard(self._keys.messages)  # a prompt takes precedence over a conversation
         return set(row) - used
 
     def _prompt_and_completion(self, row: Mapping[str, Any]) -> tuple[EncodedPrompt, Any]:
@@ -136,7 +133,7 @@ class RowEncoder:
                 f"{keys.messages} end with the assistant's turn, and there is a {keys.completion} too"
             )
         if len(messages) == 1:
-            raise BadRow(f"{keys.messages} begin with the assistant's turn; nothing asks for it")
+            raise BadRow(f"{keys.messages} begin with the assistant's turn; there is no prompt before it")
         return self._encode_conversation(messages[:-1]), messages[-1]["content"]
 
     def _encode_prompt(self, prompt: Any, key: str) -> EncodedPrompt:
@@ -144,10 +141,11 @@ class RowEncoder:
             _check_messages(prompt, key)
             if prompt[-1]["role"] == "assistant":
                 raise BadRow(
-                    f"the last message is the assistant's; its text belongs into {self._keys.completion}, or the whole "
+                    f"the last message is the assistant's; put its text into {self._keys.completion}, or the whole "
                     f"conversation into {self._keys.messages}"
                 )
             text = self._render(prompt)
+            # Templates write BOS themselves; adding the defaults would double it.
             ids = self.tokenizer.encode_text(text, add_special_tokens=False)
         else:
             if not isinstance(prompt, str):
@@ -159,27 +157,28 @@ class RowEncoder:
         return EncodedPrompt(text, ids)
 
     def _encode_conversation(self, messages: Messages) -> EncodedPrompt:
-        """A prompt whose earlier assistant turns, with their end-of-sequence tokens, are marked."""
+        """Encode a conversation; earlier assistant turns and their end-of-sequence tokens count in the loss."""
         text = self._render(messages)
         spans = assistant_spans(messages, text, self._render)
         if spans is None:
             raise BadRow(
-                "the chat template changes the text of earlier assistant turns, so they cannot be found again; give the "
-                f"last turn alone, as {self._keys.prompt} and {self._keys.completion}"
+                "the chat template changes the text of earlier assistant turns, so their tokens cannot be located; give "
+                f"the last turn alone, as {self._keys.prompt} and {self._keys.completion}"
             )
         ids, mask = self.tokenizer.encode_spans(text, spans)
         return EncodedPrompt(text, ids, _without_first(mask))
 
     def _encode_completion(self, completion: Any) -> tuple[int, ...] | None:
-        """Ids with an end-of-sequence token at the end; ``None`` (also JSON null) if there is no completion."""
+        """Return ids ending with an end-of-sequence token, or ``None`` without a completion."""
         if completion is None:
             return None
         key, eos_ids = self._keys.completion, self.tokenizer.eos_ids
         ids = self.tokenizer.encode_text(_check_text(key, completion), add_special_tokens=False)
         if not ids:
             raise BadRow(f"{key} has no tokens")
+        # Generation would have stopped there: the student never sees what follows.
         if any(token_id in eos_ids for token_id in ids[:-1]):
-            raise BadRow(f"{key} goes on after an end-of-sequence token")
+            raise BadRow(f"{key} continues after an end-of-sequence token")
         return ids if ids[-1] in eos_ids else (*ids, eos_ids[0])
 
     def _encode_teacher_prompt(self, prompt: Any) -> tuple[int, ...]:
@@ -205,8 +204,57 @@ class RowEncoder:
             raise BadRow(str(error)) from error
 
 
+def assistant_spans(
+    messages: Sequence[Mapping[str, str]], text: str, render: Callable[[Messages], str]
+) -> list[tuple[int, int]] | None:
+    """Locate the content of each assistant message in the rendered conversation.
+
+    Args:
+        messages: The conversation.
+        text: ``render(messages)``.
+        render: The chat template.
+
+    Returns:
+        [start, stop) in characters of ``text`` per assistant message, in order. ``None`` if the template reproduces the
+        contents neither verbatim nor stripped of surrounding white space.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        return []
+    # Rendered once more with placeholders: searching for the content would also find it in other turns, and rendering
+    # a prefix of the conversation differs for templates that treat the last turn specially (Qwen3 drops the thinking
+    # of all turns but the last).
+    marked = [
+        {**message, "content": _placeholder(i)} if i in turns else dict(message)
+        for i, message in enumerate(messages)
+    ]
+    pieces = re.split("|".join(map(_placeholder, turns)), render(marked))
+    if len(pieces) != len(turns) + 1:
+        return None
+    contents = [messages[i]["content"] for i in turns]
+    for candidates in (contents, [content.strip() for content in contents]):
+        spans = _spans_between(pieces, candidates, text)
+        if spans is not None:
+            return spans
+    return None
+
+
+def _spans_between(pieces: Sequence[str], contents: Sequence[str], text: str) -> list[tuple[int, int]] | None:
+    """Return the spans of ``contents`` if interleaved with ``pieces`` they equal ``text``."""
+    rebuilt, spans = pieces[0], []
+    for content, piece in zip(contents, pieces[1:], strict=True):
+        spans.append((len(rebuilt), len(rebuilt) + len(content)))
+        rebuilt += content + piece
+    return spans if rebuilt == text else None
+
+
+def _placeholder(index: int) -> str:
+    # Private-use characters: no conversation contains them, and no template strips them as white space.
+    return f"\ue0f0{index}\ue0f1"
+
+
 def _without_first(mask: tuple[bool, ...]) -> tuple[bool, ...]:
-    """The flags, but for the first token, which nothing predicts; empty if no flag is left."""
+    # No position predicts the first token, so it cannot carry a loss.
     return (False, *mask[1:]) if any(mask[1:]) else ()
 
 
@@ -215,8 +263,9 @@ def _check_text(name: str, value: Any) -> str:
         raise BadRow(f"{name} is a {type(value).__name__}, not text")
     if not value.strip():
         raise BadRow(f"{name} is empty")
+    # json.loads accepts a lone surrogate such as "\ud83d"; it has no UTF-8 form, and tokenizers would raise.
     if any("\ud800" <= char <= "\udfff" for char in value):
-        raise BadRow(f"{name} holds half of a surrogate pair, which is no character")
+        raise BadRow(f"{name} contains an unpaired surrogate, which is not a character")
     return value
 
 
@@ -229,6 +278,7 @@ def _check_messages(messages: Any, key: str) -> None:
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             raise BadRow(f"message {index} is not an object with exactly the keys role and content")
         if message["role"] not in ROLES:
+            # [:40]: the value comes from the file and may be of any length
             raise BadRow(
                 f"message {index} has the role {str(message['role'])[:40]!r}, not one of {', '.join(ROLES)}"
             )

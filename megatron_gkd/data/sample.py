@@ -1,7 +1,6 @@
-"""The values that travel from prompts to the loss.
+"""Prompts, samples and batches: plain data without devices or process groups.
 
 Shapes: B = sequences in a micro-batch, S = positions of a padded sequence.
-Everything here is plain data: no process group, no device.
 """
 
 from __future__ import annotations
@@ -18,52 +17,64 @@ FinishReason = Literal["stop", "length", "data"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of the prompt file, encoded."""
+    """One encoded row of a prompt file.
+
+    Attributes:
+        row: 0-based row or line of the file (editors show row + 1).
+        ids: Token ids of the prompt.
+        completion_ids: The dataset's completion, ending with an end-of-sequence token; ``None`` if the row has none.
+        text: The prompt after the chat template, for logs.
+        file: Index of the file in data.prompts.
+        loss_mask: True for prompt tokens of earlier assistant turns, which count in the loss if the completion comes
+            from the dataset. Empty: none.
+        teacher_ids: The teacher's prompt in place of ``ids``. Empty: the same prompt.
+    """
 
     row: int
-    """0-based line of the file; the line number that an editor shows is row + 1."""
     ids: tuple[int, ...]
     completion_ids: tuple[int, ...] | None
-    """The data set's own completion, ending with an end-of-sequence token; None if the row has none."""
     text: str
-    """The prompt as the model sees it (after the chat template), for logs."""
     file: int = 0
-    """Place of the file in data.prompts."""
     loss_mask: tuple[bool, ...] = ()
-    """Which prompt tokens are earlier assistant turns, and count when the completion is taken from data; none if empty."""
     teacher_ids: tuple[int, ...] = ()
-    """What the teacher reads in place of ``ids``; the same if empty."""
 
 
 @dataclass(frozen=True)
 class Sample:
     """A prompt with one completion.
 
+    Attributes:
+        row: 0-based row of the prompt in its file.
+        sample_index: Index among the samples of this prompt, from 0.
+        prompt_ids: Token ids of the prompt.
+        completion_ids: Token ids of the completion, including the end-of-sequence token that stopped it.
+        is_on_policy: Whether the student generated the completion.
+        finish_reason: ``stop`` or ``length`` as in SGLang; ``data`` for completions from the dataset.
+        weight_version: Version of the student weights that generated the completion; -1 for the dataset.
+        file: Index of the file in data.prompts.
+        prompt_loss_mask: True for prompt tokens that count in the loss. Empty: none.
+        teacher_prompt_ids: The teacher's prompt. Empty: the same prompt.
+
     Raises:
-        ValueError: Empty prompt, unknown finish reason, or a mask that does not fit the prompt.
+        ValueError: Empty prompt, unknown finish reason, or a mask that does not match the prompt.
     """
 
     row: int
     sample_index: int
-    """Which of the samples of this prompt, from 0."""
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
-    """Includes the end-of-sequence token if the model stopped with it, and nothing after it."""
     is_on_policy: bool
     finish_reason: FinishReason
     weight_version: int
-    """Version of the student's weights that wrote the completion; -1 for completions from data."""
     file: int = 0
-    """Place of the file in data.prompts."""
     prompt_loss_mask: tuple[bool, ...] = ()
-    """Which prompt tokens count in the loss beside the completion; none if empty."""
     teacher_prompt_ids: tuple[int, ...] = ()
-    """What the teacher reads before the completion; the same prompt if empty."""
 
     def __post_init__(self) -> None:
+        # Also guards against batches read from JSON, on every rank.
         if not self.prompt_ids:
             raise ValueError(
-                f"sample {self.sample_index} of row {self.row} has an empty prompt: nothing predicts its first token"
+                f"sample {self.sample_index} of row {self.row} has an empty prompt: no position predicts its first token"
             )
         if self.finish_reason not in get_args(FinishReason):
             raise ValueError(
@@ -76,60 +87,58 @@ class Sample:
                     f"of them False; it has {len(mask)}"
                 )
             if self.teacher_prompt_ids:
-                raise ValueError(f"row {self.row}: the teacher's own prompt has no rows for prompt_loss_mask")
+                raise ValueError(
+                    f"row {self.row}: the teacher's own prompt has no logits for prompt_loss_mask"
+                )
 
     @property
     def num_tokens(self) -> int:
-        """Length of prompt and completion together."""
+        """Length of prompt plus completion."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
     @property
     def num_loss_tokens(self) -> int:
-        """Tokens that count in the loss."""
+        """Number of tokens that count in the loss."""
         return sum(self.prompt_loss_mask) + len(self.completion_ids)
 
     def loss_mask(self, seq_length: int) -> list[bool]:
-        """One flag per position: True where position i predicts a token i + 1 that counts.
+        """Return one flag per position, True where token i + 1 counts in the loss.
 
         Without ``prompt_loss_mask``: exactly for i in [len(prompt) - 1, len(prompt) + len(completion) - 2].
         """
         counts = (self.prompt_loss_mask or (False,) * len(self.prompt_ids)) + (True,) * len(
             self.completion_ids
         )
+        # Shifted by one: the logits at position i predict token i + 1.
         return [*counts[1:], *[False] * (seq_length - len(counts) + 1)]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Right-padded sequences that one forward takes.
+    """Right-padded sequences of one forward pass, on the CPU.
 
-    All tensors are [B, S] on the CPU. Rows from ``len(indices)`` on are blank: padding only, no loss.
+    Rows from ``len(indices)`` on are padding only and have no loss.
     """
 
-    tokens_BS: Tensor
-    """int64."""
-    position_ids_BS: Tensor
-    """int64, 0 .. S - 1 in every row."""
-    loss_mask_BS: Tensor
-    """bool; position i of a row is True when token i + 1, which it predicts, counts in the loss."""
-    indices: tuple[int, ...]
-    """Row b holds sample ``indices[b]`` of the batch."""
+    tokens_BS: Tensor  # int64
+    position_ids_BS: Tensor  # int64, 0 .. S - 1 in every row
+    loss_mask_BS: Tensor  # bool; position i is True if token i + 1 counts in the loss
+    indices: tuple[int, ...]  # row b holds sample indices[b] of the batch
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one iteration, of all data-parallel ranks."""
+    """The samples of one iteration across all data-parallel ranks."""
 
     samples: tuple[Sample, ...]
 
     @property
     def num_loss_tokens(self) -> int:
-        """Tokens of all samples that count: the number that the summed loss is divided by."""
+        """Number of loss tokens of all samples, the divisor of the summed loss."""
         return sum(sample.num_loss_tokens for sample in self.samples)
 
     def as_read_by_teacher(self) -> Batch:
-        """The same batch with the teacher's own prompts where there are any; its loss tokens are the same, in the same
-        order."""
+        """Return the batch with the teacher's prompts; its loss tokens are the same, in order."""
         return Batch(
             tuple(
                 replace(sample, prompt_ids=sample.teacher_prompt_ids, teacher_prompt_ids=())
@@ -140,30 +149,31 @@ class Batch:
         )
 
     def padded_length(self, multiple_of: int) -> int:
-        """Length of the longest sequence, rounded up to a multiple of ``multiple_of``."""
+        """Return the length of the longest sequence, rounded up to a multiple of ``multiple_of``."""
+        # Sequence parallelism splits S over the TP ranks, hence the multiple.
         longest = max(sample.num_tokens for sample in self.samples)
         return -(-longest // multiple_of) * multiple_of
 
     def micro_batches(
         self, micro_batch_size: int, *, dp_rank: int, dp_size: int, seq_length: int, pad_id: int
     ) -> list[MicroBatch]:
-        """This data-parallel rank's samples, in order, as micro-batches of one shape.
+        """Split this data-parallel rank's samples into micro-batches of equal shape.
 
-        Rank r of d owns samples [r n / d, (r + 1) n / d). If they are no multiple of ``micro_batch_size``, the
-        last micro-batch is filled up with blank rows, so that a pipeline schedule sees one shape only.
+        Rank r of d owns samples [r n / d, (r + 1) n / d), in order. The last micro-batch is filled with padding rows
+        if their number is not a multiple of ``micro_batch_size``.
 
         Args:
             micro_batch_size: B of every micro-batch.
-            dp_rank: This rank's place among the data-parallel ranks.
-            dp_size: Number of data-parallel ranks; divides the number of samples.
+            dp_rank: Rank in the data-parallel group.
+            dp_size: Size of the data-parallel group; divides the number of samples.
             seq_length: S; every sequence is padded to it on the right.
-            pad_id: Token of the padding, any valid id.
+            pad_id: Padding token, any valid id.
 
         Returns:
             ceil(n / dp_size / micro_batch_size) micro-batches.
 
         Raises:
-            ValueError: The samples do not divide by ``dp_size``, or one is longer than ``seq_length``.
+            ValueError: ``dp_size`` does not divide the number of samples, or one is longer than ``seq_length``.
         """
         num_local, rest = divmod(len(self.samples), dp_size)
         if rest or not 0 <= dp_rank < dp_size:
@@ -172,6 +182,7 @@ class Batch:
                 "make train.global_batch_size a multiple of the data-parallel size"
             )
         start, end = dp_rank * num_local, (dp_rank + 1) * num_local
+        # Equal shapes: pipeline stages post their receives with the shape that the schedule was given.
         return [
             self._pad(range(first, min(first + micro_batch_size, end)), micro_batch_size, seq_length, pad_id)
             for first in range(start, end, micro_batch_size)
@@ -194,15 +205,15 @@ class Batch:
         return MicroBatch(tokens_BS, position_ids_BS, loss_mask_BS, tuple(indices))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers, to be broadcast without pickle."""
+        """Return lists and numbers, for a broadcast without pickle."""
         return {"samples": [asdict(sample) for sample in self.samples]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Batch:
-        """The batch that ``to_json`` wrote.
+        """Restore a batch from ``to_json``.
 
         Raises:
-            ValueError: ``value`` was not written by ``to_json`` of this version.
+            ValueError: ``value`` was not written by this version's ``to_json``.
         """
         try:
             samples = tuple(_sample_from_json(fields) for fields in value["samples"])
@@ -212,6 +223,7 @@ class Batch:
 
 
 def _sample_from_json(fields: Mapping[str, Any]) -> Sample:
+    # JSON has no tuples; samples are hashable values and need them back.
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
     }

@@ -1,4 +1,4 @@
-"""The tokenizer of a run, read from local files only."""
+"""Tokenizers loaded from local files, and the comparison of their vocabularies."""
 
 from __future__ import annotations
 
@@ -22,36 +22,39 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 
 
 class DataError(ValueError):
-    """A tokenizer folder or a prompt file cannot be used as it is."""
+    """Unusable tokenizer files or prompt files."""
 
 
 class MessagesRefused(ValueError):
-    """The chat template does not accept these messages (say, two user turns in a row)."""
+    """Messages rejected by the chat template, such as two user turns in a row."""
 
 
 class Tokenizer:
-    """What the program needs of a tokenizer.
+    """A Hugging Face or SentencePiece tokenizer with its chat template and end-of-sequence ids.
 
     Attributes:
-        folder: The model folder, or SentencePiece file, that it was read from.
-        eos_ids: All ids that end a sequence. The first is the tokenizer's own and ends completions from data;
+        folder: The model folder or SentencePiece file.
+        eos_ids: All ids that end a sequence. The first is the tokenizer's own and ends completions from the dataset;
             the others come from ``generation_config.json``.
-        pad_id: Token of the padding; the first end-of-sequence id if the tokenizer has none (padding is masked).
+        pad_id: Padding token; the first end-of-sequence id if the tokenizer has none (padding is masked).
         vocab_size: Largest id + 1. A model's embedding may have more rows.
 
     Raises:
-        DataError: No end-of-sequence token is known, or one lies outside the vocabulary.
+        DataError: The end-of-sequence token is unknown or outside the vocabulary.
     """
 
     def __init__(self, backend: TokenizerBackend, folder: Path) -> None:
         self._backend = backend
         self.folder = folder
         self.vocab: dict[str, int] = backend.vocab
+        # Not len(vocab): ids may have gaps where tokens were added at fixed ids.
         self.vocab_size: int = max(self.vocab.values()) + 1
         self.eos_ids: tuple[int, ...] = self._find_eos_ids()
         self.pad_id: int = self.eos_ids[0] if backend.pad_id is None else backend.pad_id
 
     def _find_eos_ids(self) -> tuple[int, ...]:
+        # Chat models end turns with a token that only generation_config.json lists: Llama 3 has <|eot_id|> there,
+        # beside its <|end_of_text|>. dict.fromkeys keeps the order and drops duplicates.
         own = [] if self._backend.eos_id is None else [self._backend.eos_id]
         folder = self.folder.parent if self.folder.is_file() else self.folder
         ids = tuple(dict.fromkeys([*own, *_generation_eos_ids(folder)]))
@@ -69,25 +72,24 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja text that ``render_chat`` uses."""
+        """The Jinja source used by ``render_chat``."""
         return self._backend.chat_template
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether ``render_chat`` can work."""
+        """Whether ``render_chat`` is available."""
         return self.chat_template is not None
 
     def encode_text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of a text.
+        """Return the token ids of a text.
 
         Args:
-            text: Prompt given as text, rendered chat, or completion.
-            add_special_tokens: True for a prompt given as text: it gets what the tokenizer's default adds (a
-                beginning-of-sequence token, or nothing). False for completions and for rendered chats, whose
-                template writes its special tokens itself.
+            text: Plain-text prompt, rendered chat, or completion.
+            add_special_tokens: True for plain-text prompts: adds the tokenizer's defaults (a beginning-of-sequence
+                token, or nothing). False for completions and for rendered chats, whose template writes its own.
 
         Raises:
-            DataError: The default would *end* the prompt with an end-of-sequence token.
+            DataError: The defaults append an end-of-sequence token to the prompt.
         """
         ids = tuple(self._backend.encode(text, add_special_tokens=add_special_tokens))
         if add_special_tokens and ids and ids[-1] in self.eos_ids and not self._is_eos_in(text):
@@ -100,26 +102,27 @@ class Tokenizer:
     def encode_spans(
         self, text: str, spans: Sequence[tuple[int, int]]
     ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-        """Token ids of a rendered chat, and which of them lie in a span or end it with an end-of-sequence token.
+        """Encode a rendered chat and flag the tokens inside the given spans.
 
         Args:
-            text: As for ``encode_text`` without special tokens, with the same ids.
+            text: The rendered chat; ids are those of ``encode_text`` without special tokens.
             spans: [start, stop) in characters.
 
         Returns:
-            (ids, flags): a token is flagged if it stands for at least one character of a span, or if it is an
-            end-of-sequence token that begins where a span stops.
+            (ids, flags): a token is flagged if it covers at least one character of a span, or if it is an
+            end-of-sequence token that begins where a span ends.
 
         Raises:
-            DataError: The tokenizer has no offsets.
+            DataError: The tokenizer does not provide offsets.
         """
         try:
             ids, offsets = self._backend.encode_with_offsets(text)
         except NotImplementedError as error:
             raise DataError(
-                f"the tokenizer of {self.folder} does not tell which text a token stands for, so the assistant's turns of "
-                "conversations cannot be found; add its tokenizer.json"
+                f"the tokenizer of {self.folder} does not provide character offsets, so the assistant's turns of "
+                "conversations cannot be located; add its tokenizer.json"
             ) from error
+
         inside = bytearray(len(text) + 1)
         for start, stop in spans:
             inside[start:stop] = b"\1" * (stop - start)
@@ -135,12 +138,12 @@ class Tokenizer:
         return bool(plain) and plain[-1] in self.eos_ids
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """The text that the model's chat template makes of the messages, up to where the assistant begins.
+        """Render messages with the chat template, up to the start of the assistant's turn.
 
-        Encode it with ``add_special_tokens=False``.
+        Encode the result with ``add_special_tokens=False``.
 
         Raises:
-            DataError: There is no chat template, or it is not Jinja.
+            DataError: There is no chat template, or it is not valid Jinja.
             MessagesRefused: The template raised an error for these messages.
         """
         if not self.has_chat_template:
@@ -153,30 +156,32 @@ class Tokenizer:
             return self._backend.render(messages)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(
-                f"line {error.lineno} of the chat template of {self.folder} is no Jinja: {error.message}; correct the "
-                "template (data.chat_template, or the model's own)"
+                f"line {error.lineno} of the chat template of {self.folder} is not valid Jinja: {error.message}; correct "
+                "the template (data.chat_template, or the model's own)"
             ) from error
-        except jinja2.TemplateError as error:
-            raise MessagesRefused(f"the chat template refuses the messages: {error}") from error
+        except jinja2.TemplateError as error:  # after its subclass above: raise_exception() in a template
+            raise MessagesRefused(f"the chat template rejects the messages: {error}") from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of token ids; special tokens are shown unless told otherwise."""
+        """Return the text of token ids, by default with special tokens."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def stop_token_ids(self, stop: Sequence[str]) -> tuple[int, ...]:
-        """The token id of each stop string, because engines here see ids, never text.
+        """Return the token id of each stop string.
 
-        A stop string that occurs only inside a longer token does not stop.
+        A stop string inside a longer token does not stop generation.
 
         Raises:
             DataError: A string is not exactly one token of this tokenizer.
         """
+        # SGLang runs with --skip-tokenizer-init: it exchanges ids only and cannot match strings.
         return tuple(self._stop_token_id(text) for text in stop)
 
     def _stop_token_id(self, text: str) -> int:
         ids = (
             [self.vocab[text]] if text in self.vocab else self._backend.encode(text, add_special_tokens=False)
         )
+        # The second condition catches the unknown token, which is one id for any unknown word.
         if len(ids) != 1 or self.decode(ids) != text:
             tokens = [self.decode([token_id]) for token_id in ids]
             raise DataError(
@@ -192,15 +197,15 @@ def load_tokenizer(
     *,
     chat_template: str | None = None,
 ) -> Tokenizer:
-    """Read a tokenizer from local files; nothing is downloaded and no code of the folder runs.
+    """Load a tokenizer from local files, without downloads or remote code.
 
     Args:
         source: A Hugging Face model folder, or a SentencePiece model file (or a folder with ``tokenizer.model``).
-        kind: Which of them; ``auto`` takes ``tokenizer.json`` and ``tokenizer_config.json`` before ``tokenizer.model``.
-        chat_template: Jinja text to use in place of the tokenizer's own template.
+        kind: ``auto`` prefers ``tokenizer.json`` and ``tokenizer_config.json`` to ``tokenizer.model``.
+        chat_template: Jinja source that replaces the tokenizer's own template.
 
     Raises:
-        DataError: The source is missing or no usable tokenizer.
+        DataError: The source is missing or not a usable tokenizer.
     """
     source = Path(source)
     if not source.exists():
@@ -215,6 +220,7 @@ def load_tokenizer(
 
 def _load_hf(folder: Path, chat_template: str | None) -> TokenizerBackend:
     try:
+        # use_fast: only the Rust tokenizers give character offsets.
         hf_tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, use_fast=True, trust_remote_code=False
         )
@@ -232,23 +238,24 @@ def _load_sentencepiece(source: Path, chat_template: str | None) -> TokenizerBac
         return SentencePieceBackend(file, chat_template or folder_template(file.parent))
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
-            f"{file} is no usable SentencePiece model: {error}; give the file that SentencePiece's trainer wrote, or set "
-            "data.tokenizer_kind: hf"
+            f"{file} is not a usable SentencePiece model: {error}; give the file that SentencePiece's trainer wrote, or "
+            "set data.tokenizer_kind: hf"
         ) from error
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 (hex) of the pairs (id, token) in the order of ids: equal if and only if all ids mean the same."""
+    """Return the SHA-256 (hex) of all (id, token) pairs, sorted by id."""
     pairs = sorted((token_id, token) for token, token_id in tokenizer.vocab.items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def require_same_vocabulary(student: Tokenizer, teacher: Tokenizer) -> None:
-    """Refuse two tokenizers whose ids do not mean the same tokens.
+    """Check that equal ids are equal tokens in both tokenizers.
 
     Raises:
-        DataError: Names both folders, the sizes and the first ids that differ.
+        DataError: Lists both folders, the sizes and the first ids that differ.
     """
+    # Equal sizes prove nothing: models of one family may share a size and differ in their added tokens.
     if tokenizer_fingerprint(student) == tokenizer_fingerprint(teacher):
         return
     pairs = set(student.vocab.items()) ^ set(teacher.vocab.items())

@@ -1,4 +1,4 @@
-"""Two libraries behind one interface: Hugging Face tokenizers and SentencePiece models."""
+"""Hugging Face and SentencePiece tokenizers behind one interface."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from typing_extensions import override
+
 Messages = Sequence[dict[str, str]]
-Span = tuple[int, int]
-"""[start, stop) in characters."""
+Span = tuple[int, int]  # [start, stop) in characters
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 class TokenizerBackend(Protocol):
-    """What ``Tokenizer`` needs of a library."""
+    """Interface between ``Tokenizer`` and a tokenizer library."""
 
     vocab: dict[str, int]
     eos_id: int | None
@@ -25,28 +26,28 @@ class TokenizerBackend(Protocol):
     chat_template: str | None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids; texts of special tokens become those tokens."""
+        """Return token ids; special tokens written in the text are recognized."""
         ...
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[Span]]:
-        """Token ids without added special tokens, and the characters that each stands for."""
+        """Return token ids without added special tokens, and the span of each."""
         ...
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of token ids."""
+        """Return the text of token ids."""
         ...
 
     def render(self, messages: Messages) -> str:
-        """What ``chat_template`` makes of the messages, up to where the assistant begins."""
+        """Render messages with ``chat_template``, up to the start of the assistant's turn."""
         ...
 
 
-class HfBackend:
-    """A tokenizer of transformers.
+class HfBackend(TokenizerBackend):
+    """A tokenizer from transformers.
 
     Args:
         hf_tokenizer: A ``PreTrainedTokenizerBase``.
-        chat_template: In place of its own.
+        chat_template: Replaces the tokenizer's own template.
     """
 
     def __init__(self, hf_tokenizer: Any, chat_template: str | None = None) -> None:
@@ -56,33 +57,34 @@ class HfBackend:
         self.pad_id: int | None = hf_tokenizer.pad_token_id
         self.chat_template: str | None = chat_template or hf_tokenizer.chat_template
 
+    @override
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """See ``TokenizerBackend``."""
         return self._hf.encode(text, add_special_tokens=add_special_tokens)
 
+    @override
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[Span]]:
-        """See ``TokenizerBackend``."""
         encoded = self._hf(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoded["input_ids"], encoded["offset_mapping"]
 
+    @override
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """See ``TokenizerBackend``."""
+        # The clean-up drops spaces before punctuation, so the text would not encode to the same ids.
         return self._hf.decode(
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
 
+    @override
     def render(self, messages: Messages) -> str:
-        """See ``TokenizerBackend``."""
         return self._hf.apply_chat_template(
             list(messages), chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
         )
 
 
-class SentencePieceBackend:
+class SentencePieceBackend(TokenizerBackend):
     """A SentencePiece model file.
 
-    Prompts begin with the model's beginning-of-sequence token, if it has one. Control symbols in a text become their
-    tokens. The space that a model puts before a text is put before prompts only: what follows other tokens gets none.
+    Prompts begin with the model's beginning-of-sequence token, if it has one. Control symbols written in a text are
+    recognized.
 
     Args:
         model_file: The model, such as ``tokenizer.model``.
@@ -93,6 +95,8 @@ class SentencePieceBackend:
         import sentencepiece
 
         load: Any = sentencepiece.SentencePieceProcessor
+        # Two processors, because the normalizer is a property of the model: Llama-type models put a space before every
+        # text they encode, right at the start of a prompt and wrong after other tokens (completions, chat turns).
         self._start, self._further = load(model_file=str(model_file)), load(model_file=str(model_file))
         self._further.override_normalizer_spec(add_dummy_prefix=False, remove_extra_whitespaces=False)
         self.vocab = {self._start.id_to_piece(i): i for i in range(self._start.vocab_size())}
@@ -101,21 +105,23 @@ class SentencePieceBackend:
         self.chat_template = chat_template
         self._specials = _control_symbols(self._start)
         longest_first = sorted(self._specials, key=len, reverse=True)
-        anywhere = "|".join(map(re.escape, longest_first)) or "(?!)"  # nowhere
+        anywhere = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) never matches
         self._split = re.compile(f"({anywhere})")
 
+    @override
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """See ``TokenizerBackend``."""
         ids, _ = self._encode(text, self._start if add_special_tokens else self._further)
         return [self._bos_id, *ids] if add_special_tokens and self._bos_id is not None else ids
 
+    @override
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[Span]]:
-        """See ``TokenizerBackend``."""
         return self._encode(text, self._further)
 
+    @override
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """See ``TokenizerBackend``."""
         specials = set(self._specials.values())
+        # SentencePiece decodes control symbols to nothing, so runs between them are decoded on their own. Only the first
+        # run loses the leading space that encoding a prompt has added.
         parts, model = [], self._start
         for is_special, run in itertools.groupby(ids, specials.__contains__):
             if not is_special:
@@ -125,8 +131,9 @@ class SentencePieceBackend:
             model = self._further
         return "".join(parts)
 
+    @override
     def render(self, messages: Messages) -> str:
-        """See ``TokenizerBackend``."""
+        # The sandboxed environment of transformers: templates come with downloaded models.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered: Any = render_jinja_template(
@@ -160,7 +167,7 @@ class SentencePieceBackend:
 
 
 def folder_template(folder: Path) -> str | None:
-    """The chat template that a model folder holds beside its tokenizer, if any."""
+    """Return the chat template stored next to the tokenizer of a model folder, if any."""
     template = folder / CHAT_TEMPLATE_FILE
     if template.is_file():
         return template.read_text(encoding="utf-8")
@@ -169,7 +176,7 @@ def folder_template(folder: Path) -> str | None:
 
 
 def _known(token_id: int) -> int | None:
-    """SentencePiece says -1 for a token that a model does not have."""
+    # SentencePiece returns -1 for a special token that the model does not have.
     return None if token_id < 0 else token_id
 
 

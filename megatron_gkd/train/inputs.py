@@ -10,8 +10,7 @@ from megatron_gkd.data.prompts import RowPolicy, load_prompts
 from megatron_gkd.data.row_files import RowFile, open_row_files
 from megatron_gkd.data.rows import RowEncoder, RowKeys, RowLimits
 from megatron_gkd.data.sample import Prompt
-from megatron_gkd.data.streaming import StreamedPrompts
-from megatron_gkd.data.streams import MixedPrompts, PromptLoader, PromptStream
+from megatron_gkd.data.streams import MixedPrompts, PromptLoader, PromptStream, StreamedPrompts
 from megatron_gkd.data.tokenizer import DataError, Tokenizer, load_tokenizer, require_same_vocabulary
 
 log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def with_iterations(config: GkdConfig, tokenizer: Tokenizer) -> GkdConfig:
     """The configuration with ``train.epochs`` counted in iterations, which takes a look at the prompts."""
     if not config.train.epochs:
         return config
-    return config.with_iterations(build_prompts(config, tokenizer).prompts_per_pass)
+    return config.with_iterations(build_prompts(config, tokenizer).prompts_per_epoch)
 
 
 def build_validation_prompts(config: GkdConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]:

@@ -79,12 +79,12 @@ class Run:
             dist.destroy_process_group()
 
     def _with_iterations(self, loader: PromptStream) -> GkdConfig:
-        config = self._config.with_iterations(loader.prompts_per_pass)
+        config = self._config.with_iterations(loader.prompts_per_epoch)
         if config is not self._config:
             log.info(
                 "train.epochs=%g of %d prompts are %d iterations",
                 self._config.train.epochs,
-                loader.prompts_per_pass,
+                loader.prompts_per_epoch,
                 config.train.train_iters,
             )
         return config

@@ -21,7 +21,10 @@ def test_a_template_is_a_file_or_a_text_in_a_module(tmp_path, monkeypatch):
         ("none.jinja", r"data\.chat_template='.*none\.jinja' cannot be read"),
         ("none.py:TEXT", r"data\.chat_template='.*none\.py:TEXT': there is no file"),
         ("own.py:LONG", r"data\.chat_template='.*own\.py:LONG': .*own\.py has no LONG, only SHORT, NUMBER"),
-        ("own.py:NUMBER", r"data\.chat_template='.*own\.py:NUMBER' is a int; give a text in Jinja"),
+        (
+            "own.py:NUMBER",
+            r"data\.chat_template='.*own\.py:NUMBER' is a int; give a string with a Jinja template",
+        ),
     ],
 )
 def test_a_template_that_is_not_there_is_named(tmp_path, name, message):

@@ -67,7 +67,7 @@ BAD_ROWS = {
     "prompt is empty$": {"prompt": []},
     "completion is a list, not text": {"prompt": "w0", "completion": ["w1"]},
     "completion is empty": {"prompt": "w0", "completion": ""},
-    "goes on after an end-of-sequence": {"prompt": "w0", "completion": "w1 <eos> w2"},
+    "continues after an end-of-sequence": {"prompt": "w0", "completion": "w1 <eos> w2"},
     "message 0 is not an object with exactly": {"prompt": ["w0"]},
     "message 1 is not an object with exactly": {
         "prompt": [{"role": "user", "content": "w0"}, {"role": "user"}]
@@ -76,7 +76,7 @@ BAD_ROWS = {
     "content of message 0 is a int": {"prompt": [{"role": "user", "content": 1}]},
     "roles must alternate": {"prompt": [{"role": "user", "content": "w0"}] * 2},
     "last message is the assistant's": {"prompt": [{"role": "assistant", "content": "w0"}]},
-    "half of a surrogate pair": b'{"prompt": "w0 \\ud800"}',
+    "contains an unpaired surrogate": b'{"prompt": "w0 \\ud800"}',
     "nested too deeply": b"[" * 100_000,
     "Exceeds the limit": b'{"prompt": ' + b"9" * 5000 + b"}",
 }

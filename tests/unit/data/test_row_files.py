@@ -140,7 +140,7 @@ def test_own_class_must_give_mappings(tmp_path, load):
     (tmp_path / "rows").mkdir()
     files = open_row_files([tmp_path / "rows"], make=lambda path: [{"prompt": "w1"}, "w2"])
     assert len(load(files, max_bad_rows=1).prompts) == 1
-    with pytest.raises(DataError, match=r"rows:2: data\.dataset_class gave a str, not a mapping"):
+    with pytest.raises(DataError, match=r"rows:2: data\.dataset_class yielded a str, not a mapping"):
         load(files)
 
 

@@ -65,7 +65,7 @@ def test_a_mask_that_does_not_fit_is_refused():
     for mask in ((False,), (True, False)):
         with pytest.raises(ValueError, match="one flag for each of 2 tokens, the first of them False"):
             replace(make_sample(2, 2), prompt_loss_mask=mask)
-    with pytest.raises(ValueError, match="teacher's own prompt has no rows"):
+    with pytest.raises(ValueError, match="teacher's own prompt has no logits"):
         replace(make_sample(2, 2), prompt_loss_mask=(False, True), teacher_prompt_ids=(1,))
 
 

@@ -129,6 +129,6 @@ def test_what_is_no_model_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(
-        DataError, match=r"tokenizer\.model is no usable SentencePiece model: .*tokenizer_kind: hf"
+        DataError, match=r"tokenizer\.model is not a usable SentencePiece model: .*tokenizer_kind: hf"
     ):
         load_tokenizer(tmp_path, "sentencepiece")

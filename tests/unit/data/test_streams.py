@@ -14,8 +14,7 @@ from megatron_gkd.data.prompts import PromptSet, RowPolicy
 from megatron_gkd.data.row_files import open_row_files
 from megatron_gkd.data.rows import RowEncoder, RowLimits
 from megatron_gkd.data.sample import Prompt
-from megatron_gkd.data.streaming import StreamedPrompts
-from megatron_gkd.data.streams import MixedPrompts, PromptLoader, PromptsChanged
+from megatron_gkd.data.streams import MixedPrompts, PromptLoader, PromptsChanged, StreamedPrompts
 from megatron_gkd.data.tokenizer import DataError
 
 SIZES = (13, 8)
@@ -175,8 +174,8 @@ def test_dropped_rows_are_counted_in_each_pass_and_over_a_restart(stream, files,
     resumed.load_state_dict(state)
     with caplog.at_level(logging.INFO):
         resumed.take(15)  # 11 + 8 prompts in a pass
-    (summary,) = [message for message in caplog.messages if "pass 1" in message]
-    assert summary.endswith("1.jsonl, pass 1: 19 prompts, 1 bad rows skipped, 2 overlong rows dropped")
+    (summary,) = [message for message in caplog.messages if "epoch 1" in message]
+    assert summary.endswith("1.jsonl, epoch 1: 19 prompts, 1 bad rows skipped, 2 overlong rows dropped")
     assert resumed.state_dict()["overlong"] == 0
 
 
@@ -203,8 +202,8 @@ def test_empty_files_are_refused(stream, files, text):
 
 
 def test_nobody_knows_how_long_a_stream_is(stream):
-    assert stream().prompts_per_pass is None
-    assert PromptLoader(prompt_set(3), seed=1, shuffle=True).prompts_per_pass == 3
+    assert stream().prompts_per_epoch is None
+    assert PromptLoader(prompt_set(3), seed=1, shuffle=True).prompts_per_epoch == 3
     assert [p.row for p in stream(shuffle=False).first_prompts(2)] == [0]
 
 
@@ -272,4 +271,4 @@ def test_a_refused_state_changes_nothing():
 
 def test_a_mixture_starts_with_its_first_file():
     assert [(p.file, p.row) for p in mixed(1, 1).first_prompts(2)] == [(0, 0), (0, 1)]
-    assert mixed(1, 1).prompts_per_pass is None
+    assert mixed(1, 1).prompts_per_epoch is None

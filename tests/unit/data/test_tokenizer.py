@@ -127,7 +127,7 @@ def test_a_template_that_is_no_jinja_is_named_with_its_line(make_tokenizer):
     template = "{% for m in messages %}\n{{ m.content }\n{% endfor %}"
     tokenizer = load_tokenizer(make_tokenizer().folder, chat_template=template)
     with pytest.raises(
-        DataError, match=r"line 2 of the chat template of .* is no Jinja.*data\.chat_template"
+        DataError, match=r"line 2 of the chat template of .* is not valid Jinja.*data\.chat_template"
     ):
         tokenizer.render_chat([{"role": "user", "content": "w3"}])
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_gkd.config import load_config
-from megatron_gkd.data.streaming import StreamedPrompts
-from megatron_gkd.data.streams import MixedPrompts, PromptLoader
+from megatron_gkd.data.streams import MixedPrompts, PromptLoader, StreamedPrompts
 from megatron_gkd.data.tokenizer import DataError
 from megatron_gkd.train.inputs import (
     build_prompts,
