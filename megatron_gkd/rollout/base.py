@@ -9,7 +9,7 @@ from megatron_gkd.config import GkdConfig, load_hf_shapes
 from megatron_gkd.data.tokenizer import Tokenizer
 from megatron_gkd.models.gpt import ShardedModel
 from megatron_gkd.parallel.groups import Job
-from megatron_gkd.serving.completion import Completion, Sampling
+from megatron_gkd.serving.protocol import Completion, Sampling
 
 
 @dataclass(frozen=True)

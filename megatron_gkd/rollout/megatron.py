@@ -11,7 +11,7 @@ from megatron_gkd.models.generation import SamplingRule, generate
 from megatron_gkd.models.gpt import ShardedModel
 from megatron_gkd.parallel.routing import share
 from megatron_gkd.rollout.base import RolloutContext, RolloutEngine, cut_at_stop
-from megatron_gkd.serving.completion import Completion, Sampling
+from megatron_gkd.serving.protocol import Completion, Sampling
 
 
 class MegatronRollout(RolloutEngine):

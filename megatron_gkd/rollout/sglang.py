@@ -25,10 +25,10 @@ from megatron_gkd.rollout.base import PushReport, RolloutContext, RolloutEngine,
 from megatron_gkd.rollout.weight_sync import SharedWeightFile, WeightPusher
 from megatron_gkd.serving.client import SglangClient
 from megatron_gkd.serving.command import ServerSettings, check_cpu_plugin
-from megatron_gkd.serving.completion import Completion, Sampling
 from megatron_gkd.serving.connection import read_api_key
 from megatron_gkd.serving.errors import EngineError, error_from_json, error_to_json
 from megatron_gkd.serving.process import ServerProcess
+from megatron_gkd.serving.protocol import Completion, Sampling
 
 GIB = 2**30
 CHECK_TIMEOUT_S = 30.0

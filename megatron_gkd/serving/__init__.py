@@ -1,8 +1,7 @@
-"""Talking to SGLang servers over HTTP, and running them."""
+"""SGLang servers: HTTP clients and process management."""
 
 from megatron_gkd.serving.client import SglangClient
 from megatron_gkd.serving.command import ServerSettings
-from megatron_gkd.serving.completion import Completion, Sampling
 from megatron_gkd.serving.errors import (
     EngineDied,
     EngineError,
@@ -12,7 +11,8 @@ from megatron_gkd.serving.errors import (
     StaleWeights,
 )
 from megatron_gkd.serving.process import ServerProcess
-from megatron_gkd.serving.teacher import TeacherClient
+from megatron_gkd.serving.protocol import Completion, Sampling
+from megatron_gkd.serving.teacher_client import TeacherClient
 from megatron_gkd.serving.top_k import TopK
 
 __all__ = [

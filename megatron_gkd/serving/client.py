@@ -1,43 +1,44 @@
-"""Guarded client of one SGLang server: nothing is sent that kills the server, nothing wrong is accepted from it."""
+"""HTTP client of one SGLang server, with validated requests and replies."""
 
-import base64
 import logging
-import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from megatron_gkd.serving.completion import Completion, Sampling
 from megatron_gkd.serving.connection import Connection
-from megatron_gkd.serving.errors import EngineError, EngineReplyInvalid, EngineRequestInvalid, StaleWeights
-from megatron_gkd.serving.replies import (
+from megatron_gkd.serving.errors import EngineError, EngineReplyInvalid, StaleWeights
+from megatron_gkd.serving.protocol import (
+    Completion,
+    Sampling,
     WeightVersion,
+    check_prompts,
+    check_seeds,
     check_success,
+    check_weight_files,
     parse_completions,
     parse_prompt_logprobs,
 )
-from megatron_gkd.serving.request_checks import check_prompts, check_seeds, check_weight_files
 
 log = logging.getLogger(__name__)
 
+# The plugin interface and the weight-update endpoints changed between 0.5.20 and 0.5.23; other releases get a warning.
 TESTED_SGLANG = "0.5.23"
-HEALTH_TIMEOUT_S = 30.0
 FLUSH_TIMEOUT_S = 30
-MAX_PUSHED_BY_VALUE_BYTES = 64 << 20
 
 
 class SglangClient:
-    """Talks to one server.
+    """Client of one server.
+
+    Every request is idempotent and may be retried: seeds are fixed, and repeating an update gives the same weights.
 
     Args:
         url: Such as ``http://127.0.0.1:30000``.
-        vocab_size: Rows of the served model's embedding; an id beyond it would kill the server.
-        request_timeout_s: Longest time of one request.
-        max_retries: Repetitions after a failed connection or an answer of 500 and above. All requests may be repeated:
-            seeds are fixed, and an update repeated with the same version ends in the same weights.
+        vocab_size: Vocabulary size of the served model; larger ids would kill the server.
+        request_timeout_s: Timeout of one attempt.
+        max_retries: Retries after a failed connection or a 5xx status.
         api_key: Bearer token of the server.
-        is_alive: Raises ``EngineDied`` when the server's process is gone; called while waiting for an answer.
-        weight_version: Version of the weights that the server was started with, None if unknown.
+        is_alive: Raises ``EngineDied`` when the server's process has ended; polled while waiting for a reply.
+        weight_version: Version of the weights that the server was started with; ``None`` if unknown.
     """
 
     def __init__(
@@ -63,38 +64,32 @@ class SglangClient:
 
     @property
     def url(self) -> str:
-        """Address of the server."""
+        """Base URL of the server."""
         return self._connection.url
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        seeds: Sequence[int],
-        sampling: Sampling,
-        allow_stale: bool = False,
+        self, prompts: Sequence[Sequence[int]], *, seeds: Sequence[int], sampling: Sampling
     ) -> list[Completion]:
-        """One completion per prompt, by a single request; no prompts need no request.
+        """Sample one completion per prompt in a single request.
 
-        The same prompts with the same seeds in one request give the same ids again (the server must run with
-        deterministic inference, see ``check_settings``).
+        Repeating the same prompts and seeds in one request gives the same ids, provided that the server runs with
+        deterministic inference (see ``check_settings``).
 
         Args:
-            prompts: Token ids, each list non-empty.
+            prompts: Token ids, each list non-empty. No prompts: no request.
             seeds: One per prompt, all different, in [0, 2**63).
-            sampling: Distribution and limits.
-            allow_stale: Accept completions of other or of several weight versions.
+            sampling: Sampling parameters.
 
         Raises:
-            EngineRequestInvalid: A prompt or seed must not be sent.
-            StaleWeights: Another version than the last pushed one made a completion, or none was pushed yet.
-            EngineError: Any of its kinds.
+            EngineRequestInvalid: Invalid prompts or seeds; nothing was sent.
+            StaleWeights: Other weights than the last pushed version took part, or none was pushed yet.
+            EngineError: Any other failure.
         """
         check_prompts(prompts, self.vocab_size)
         check_seeds(seeds, len(prompts))
         if not prompts:
             return []
-        expected_version = self._expected_version(allow_stale)
+        expected_version = self._expected_version()
         common = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -102,6 +97,9 @@ class SglangClient:
             "max_new_tokens": sampling.max_new_tokens,
             "stop_token_ids": list(sampling.stop_token_ids),
         }
+        # One request for all prompts, so that a repeated run forms the same batches: on CPU the same batch of 8 was
+        # bit-equal, while one by one no log-prob was. The key is sampling_seed, an element of sampling_params; SGLang
+        # ignores unknown top-level keys.
         reply = self._connection.post(
             "/generate",
             {
@@ -117,35 +115,31 @@ class SglangClient:
             expected_version=expected_version,
         )
 
-    def score(
-        self, sequences: Sequence[Sequence[int]], *, allow_stale: bool = False
-    ) -> list[tuple[float, ...]]:
-        """Log-probabilities of given tokens under the served weights, at temperature 1.
-
-        Scores from the first token on, so that no cached prefix, perhaps of older weights, takes part.
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """Return log-probabilities of given tokens under the served weights, at temperature 1.
 
         Args:
             sequences: Token ids, each list non-empty.
-            allow_stale: Accept any weight version.
 
         Returns:
-            Per sequence the log-probabilities in nats of its second to last token, one less than it has tokens.
+            Per sequence the log-probabilities in nats from its second token on, one less than it has tokens.
 
         Raises:
-            EngineRequestInvalid: A sequence must not be sent.
-            StaleWeights: Another version than the last pushed one scored.
-            EngineError: Any of its kinds.
+            EngineRequestInvalid: Invalid sequences; nothing was sent.
+            StaleWeights: Other weights than the last pushed version took part.
+            EngineError: Any other failure.
         """
         check_prompts(sequences, self.vocab_size)
         if not sequences:
             return []
-        expected_version = self._expected_version(allow_stale)
+        expected_version = self._expected_version()
         reply = self._connection.post(
             "/generate",
             {
                 "input_ids": [list(ids) for ids in sequences],
                 "sampling_params": {"max_new_tokens": 0, "temperature": 0},
                 "return_logprob": True,
+                # From the first token on: the scored part does not reuse cached prefixes, which may stem from older weights.
                 "logprob_start_len": 0,
             },
         )
@@ -154,111 +148,47 @@ class SglangClient:
         )
 
     def update_weights_from_disk(self, folder: Path, version: int) -> None:
-        """Load all weights from the safetensors files in ``folder``, under full Hugging Face names.
+        """Load weights from the safetensors files in ``folder``, under Hugging Face names.
 
-        The server does not notice missing tensors: it answers success and keeps the old ones. Whoever writes the
-        folder checks that it is complete.
+        The caller must ensure that the folder is complete: SGLang keeps the old values of missing tensors and reports
+        success.
 
         Raises:
             EngineRequestInvalid: The files are damaged; nothing was sent.
             EngineReplyInvalid: The server did not load them.
-            StaleWeights: It answers success but reports another version.
+            StaleWeights: The server reports success but another version.
         """
         check_weight_files(folder)
-        self.weight_version = None  # unknown until confirmed
+        # None until confirmed: after a failed update the server may hold old weights or a mixture.
+        self.weight_version = None
         reply = self._connection.post(
             "/update_weights_from_disk",
             {
                 "model_path": str(folder.resolve()),
-                "load_format": "safetensors",  # whatever the server started with, which may be random weights
+                # Explicitly: the server may have been started with load_format dummy.
+                "load_format": "safetensors",
                 "weight_version": str(version),
-                "flush_cache": False,  # refused while any request runs, a health check among them; done below
+                # Would fail while any request is running, a health check included; flushed below instead.
+                "flush_cache": False,
             },
         )
         check_success(reply, f"loading weights from {folder}")
-        self.flush_cache()
+        self._flush_cache()
         self._confirm_version(version)
-
-    def push_tensors(
-        self, named_tensors: Iterable[tuple[str, Any]], version: int, *, tp_size: int = 1
-    ) -> None:
-        """Send tensors by value. For tiny models: 208 MB take 7 to 13 s this way.
-
-        After a failure the server's weights are partly new: push all of them again.
-
-        Args:
-            named_tensors: Full Hugging Face names with unsharded CPU tensors.
-            version: Version of the weights after it.
-            tp_size: Tensor-parallel size of the server; each of its ranks gets a copy.
-
-        Raises:
-            EngineRequestInvalid: More than 64 MiB.
-            EngineReplyInvalid: The server refused.
-            StaleWeights: It answers success but reports another version.
-        """
-        tensors = [(name, tensor.detach()) for name, tensor in named_tensors]
-        num_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
-        if num_bytes > MAX_PUSHED_BY_VALUE_BYTES:
-            raise EngineRequestInvalid(
-                f"{num_bytes} bytes are too many to send by value; use update_weights_from_disk"
-            )
-        payload = base64.b64encode(pickle.dumps(tensors)).decode("ascii")
-        self.weight_version = None
-        check_success(
-            self._connection.post("/begin_weight_update", {"selector": "all"}), "begin_weight_update"
-        )
-        try:
-            reply = self._connection.post(
-                "/update_weights_from_tensor",
-                {
-                    "serialized_named_tensors": [payload] * tp_size,
-                    "weight_version": str(version),
-                    "flush_cache": False,
-                },
-            )
-        finally:  # an update left open would refuse the next one
-            ended = self._connection.post("/end_weight_update", {})
-        check_success(reply, "update_weights_from_tensor")
-        check_success(ended, "end_weight_update")
-        self.flush_cache()
-        self._confirm_version(version)
-
-    def pause(self, mode: Literal["abort", "retract", "in_place"]) -> None:
-        """Hold generation: drop the running requests, recompute them later, or freeze them as they are."""
-        self._connection.post("/pause_generation", {"mode": mode})
-
-    def resume(self) -> None:
-        """Go on after ``pause``."""
-        self._connection.post("/continue_generation", {})
-
-    def flush_cache(self) -> None:
-        """Forget cached prefixes, once the requests that run have ended; a paused server does not wait for held ones.
-
-        Raises:
-            EngineReplyInvalid: Requests still ran after 30 s.
-        """
-        try:
-            self._connection.post("/flush_cache", {}, is_json=False)
-        except EngineReplyInvalid:  # something runs
-            self._connection.post(f"/flush_cache?timeout={FLUSH_TIMEOUT_S}", {}, is_json=False)
-
-    def health(self) -> None:
-        """Returns when the server has produced a token, raises ``EngineError`` otherwise."""
-        self._connection.get("/health", timeout_s=HEALTH_TIMEOUT_S, is_json=False)
 
     def model_info(self) -> dict[str, Any]:
-        """What the server serves: ``model_path``, ``weight_version`` (a string), ``architectures`` and more."""
+        """Return ``model_path``, ``weight_version`` (a string), ``architectures`` and more."""
         return _as_object(self._connection.get("/model_info"), "/model_info")
 
     def check_settings(self, *, num_sequence_tokens: int, must_honour_seeds: bool = True) -> None:
-        """Refuse a server whose settings would spoil the results without a word.
+        """Reject server settings that would corrupt results silently.
 
         Args:
-            num_sequence_tokens: Longest prompt plus completion.
-            must_honour_seeds: Whether anything will be sampled.
+            num_sequence_tokens: Maximum length of prompt plus completion.
+            must_honour_seeds: Whether the server will be used for sampling.
 
         Raises:
-            EngineReplyInvalid: Seeds would be ignored, or sequences would be cut short.
+            EngineReplyInvalid: The server ignores seeds or would truncate sequences.
         """
         info = _as_object(self._connection.get("/server_info"), "/server_info")
         if info.get("version") != TESTED_SGLANG:
@@ -267,6 +197,7 @@ class SglangClient:
             raise EngineReplyInvalid(
                 f"{self.url} ignores seeds; start it with --enable-deterministic-inference"
             )
+        # A prompt that is too long is an error, but a completion that does not fit is shortened silently.
         limit = info.get("max_req_input_len")
         if isinstance(limit, int) and limit < num_sequence_tokens:
             raise EngineReplyInvalid(
@@ -274,9 +205,15 @@ class SglangClient:
                 "start it with a larger --context-length"
             )
 
-    def _expected_version(self, allow_stale: bool) -> WeightVersion | None:
-        if allow_stale:
-            return None
+    def _flush_cache(self) -> None:
+        """Drop cached prefixes: their keys and values were computed with the old weights."""
+        try:
+            self._connection.post("/flush_cache", {}, is_json=False)
+        except EngineReplyInvalid:
+            # Status 400 while a request is running. With a timeout the server waits for it to end.
+            self._connection.post(f"/flush_cache?timeout={FLUSH_TIMEOUT_S}", {}, is_json=False)
+
+    def _expected_version(self) -> WeightVersion:
         if self.weight_version is None:
             raise StaleWeights(f"the weights of {self.url} are unknown; push the weights before generating")
         return self.weight_version
@@ -285,7 +222,7 @@ class SglangClient:
         reported = self.model_info().get("weight_version")
         if reported != str(version):
             raise StaleWeights(
-                f"pushed version {version} to {self.url}, which answered success but reports {reported}"
+                f"pushed version {version} to {self.url}, which reports success but version {reported}"
             )
         self.weight_version = version
 

@@ -1,4 +1,4 @@
-"""Command line and environment of an SGLang server, as pure functions of its settings."""
+"""Command line and environment of an SGLang server, as pure functions of the settings."""
 
 import importlib.metadata
 import ipaddress
@@ -13,11 +13,11 @@ from megatron_gkd.config.runtime import TORCHRUN_PREFIXES, TORCHRUN_VARIABLES
 from megatron_gkd.platform.sglang_cpu import PLATFORM_NAME
 from megatron_gkd.serving.connection import is_loopback
 
-# sglang takes prompts of up to context length - 6 tokens and silently shortens completions near its end
+# sglang 0.5.23 accepts prompts of up to context length - 6 tokens, and silently shortens completions near the limit.
 SPARE_CONTEXT_TOKENS = 6
 
-# of torchrun and of the trainer's own libraries: an engine that inherits them joins the wrong rendezvous, or computes
-# with the trainer's number of threads
+# Variables of torchrun and of the trainer's libraries. An engine that inherits them joins the trainer's rendezvous, or
+# runs with the trainer's number of threads.
 _SCRUBBED = TORCHRUN_VARIABLES | {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING",
     "NCCL_ASYNC_ERROR_HANDLING",
@@ -29,25 +29,24 @@ _SCRUBBED = TORCHRUN_VARIABLES | {
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What one server is started with.
+    """Settings of one server.
 
     Attributes:
         model_folder: Hugging Face folder with config.json and safetensors files.
-        context_length: Longest prompt plus completion in tokens.
-        port: TCP port; 0 lets ``ServerProcess.start`` choose a free one.
-        max_running_requests: Sequences computed together; further ones wait.
-        dtype: Of weights and activations.
+        context_length: Maximum length of prompt plus completion in tokens.
+        port: TCP port; 0: ``ServerProcess.start`` picks a free one.
+        max_running_requests: Maximum number of sequences per batch; further ones are queued.
+        dtype: Data type of weights and activations.
         on_cpu: Use this package's CPU platform instead of a GPU.
-        host: Address to listen on; other machines are let in only with an API key.
-        tp_size: Tensor-parallel ranks of the server.
-        mem_fraction_static: Share of the GPU's memory for weights and KV cache; no effect on a CPU.
-        num_threads: CPU threads of each of the server's ranks; None shares the machine's cores among them.
-        weight_version: Reported until the first weight update.
-        has_random_weights: Do not read the model's weights: they are pushed before the first use, which the clients of
-            this server insist on.
-        is_deterministic: Honour ``sampling_seed``; without it SGLang ignores seeds silently.
-        api_key: Demanded from clients as bearer token.
-        environment: Variables set beyond the inherited ones.
+        host: Address to bind; anything but loopback requires an API key.
+        tp_size: Tensor-parallel size of the server.
+        mem_fraction_static: Fraction of GPU memory for weights and KV cache; ignored on CPU.
+        num_threads: CPU threads per rank of the server; ``None`` divides the machine's cores among them.
+        weight_version: Version reported until the first weight update.
+        has_random_weights: Skip loading weights; clients of this server require a push before the first request.
+        is_deterministic: Honour ``sampling_seed``; otherwise SGLang ignores seeds silently.
+        api_key: Bearer token required from clients.
+        environment: Extra environment variables.
         extra_args: Appended to SGLang's command line.
     """
 
@@ -71,30 +70,32 @@ class ServerSettings:
     def __post_init__(self):
         if not is_loopback(self.host) and not self.api_key:
             raise ValueError(
-                f"host {self.host} lets other machines in, and whoever reaches the server can replace its weights; give "
-                "an API key or use 127.0.0.1"
+                f"host {self.host} is reachable from other machines, and any client can replace the weights; give an API "
+                "key or use 127.0.0.1"
             )
         if not (self.model_folder / "config.json").is_file():
             raise ValueError(f"{self.model_folder} is not a Hugging Face model folder: it has no config.json")
         if self.api_key and "--config" in self.extra_args:
             raise ValueError(
-                "SGLang takes one --config, and an API key is handed to it in one; name the settings of your file one by one"
+                "SGLang takes one --config, which the API key occupies; give the settings of your file as single arguments"
             )
 
     @property
     def url(self) -> str:
-        """Where a client on this machine finds the server."""
+        """URL of the server for clients on this machine."""
         host = "127.0.0.1" if _is_any_address(self.host) else self.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 def server_command(settings: ServerSettings, key_file: Path | None = None) -> list[str]:
-    """Arguments that start the server.
+    """Return the command that starts the server.
 
     Args:
-        settings: Of the server.
-        key_file: YAML file with its API key: every user of the machine can read a command line.
+        settings: Settings of the server.
+        key_file: YAML file with the API key. Not an argument: every user of the machine can read a command line.
     """
+    # The trainer exchanges token ids only (no tokenizer, no grammar). An idle server without --sleep-on-idle keeps its
+    # scheduler spinning: 46 % of a core, measured. Its warm-up request would use weights that are not pushed yet.
     command = [
         sys.executable, "-m", "sglang.launch_server",
         *(("--config", str(key_file)) if key_file else ()),
@@ -122,12 +123,12 @@ def server_command(settings: ServerSettings, key_file: Path | None = None) -> li
 def server_environment(
     settings: ServerSettings, inherited: Mapping[str, str], cpus: Sequence[int]
 ) -> dict[str, str]:
-    """Environment of the server's process.
+    """Return the environment of the server process.
 
     Args:
-        settings: Of the server.
+        settings: Settings of the server.
         inherited: The trainer's environment.
-        cpus: Cores the server may use.
+        cpus: Cores available to the server.
     """
     environment = {
         name: value
@@ -138,14 +139,15 @@ def server_environment(
     environment["OMP_NUM_THREADS"] = str(settings.num_threads or len(cores_of_ranks[0]))
     environment["HF_HUB_OFFLINE"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
-    # the spare tokens above may exceed the model's positions; no sequence ever reaches them
+    # The spare tokens may exceed the model's max_position_embeddings; no sequence is that long.
     environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
-    # before it ends after a crash, SGLang would wait 5 s, and up to 60 s more for core dumps of the GPUs
+    # After a crash SGLang would wait 5 s for py-spy, and up to 60 s for CUDA core dumps, before it exits.
     environment.setdefault("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "0")
     environment.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "0")
     if settings.on_cpu:
         environment["SGLANG_PLATFORM"] = PLATFORM_NAME
         if settings.tp_size > 1:
+            # Without explicit bindings sglang 0.5.23 asserts that there are as many NUMA nodes as ranks.
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
                 ",".join(str(core) for core in cores) for cores in cores_of_ranks
             )
@@ -153,7 +155,7 @@ def server_environment(
 
 
 def check_cpu_plugin() -> None:
-    """Raises ``RuntimeError`` unless SGLang will find this package's CPU platform."""
+    """Raise ``RuntimeError`` unless SGLang can find this package's CPU platform."""
     names = {entry.name for entry in importlib.metadata.entry_points(group="sglang.srt.platforms")}
     if PLATFORM_NAME not in names:
         raise RuntimeError(
@@ -163,14 +165,14 @@ def check_cpu_plugin() -> None:
 
 
 def available_cpus() -> list[int]:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
+    """Return the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def _cpu_arguments(settings: ServerSettings) -> list[str]:
-    # enough for all running requests at full length, so that none is thrown out and computed again
+    # Enough for all running requests at full length: a retracted request is recomputed, and its batch is another one.
     num_cache_tokens = settings.max_running_requests * (settings.context_length + SPARE_CONTEXT_TOKENS)
     return [
         "--device", "cpu",
@@ -195,7 +197,7 @@ def _is_any_address(host: str) -> bool:
 
 
 def _share_cores(cpus: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Cores of each rank: contiguous blocks, or single ones used again where there are fewer cores than ranks."""
+    """Divide the cores into contiguous blocks, one per rank; reuse cores if there are fewer."""
     if len(cpus) < num_ranks:
         return [[cpus[rank % len(cpus)]] for rank in range(num_ranks)]
     size = len(cpus) // num_ranks

@@ -1,7 +1,6 @@
-"""JSON over HTTP to one server, with a deadline, bounded retries, and an eye on the server's process.
+"""JSON over HTTP to one server, with a deadline, bounded retries and a liveness check.
 
-``requests`` does the HTTP: synchronous like its callers, already required by SGLang, and it keeps no background loop.
-Each attempt opens its own connection; a kept-alive one that the server closed meanwhile would look like a failure.
+``requests`` is synchronous like its callers, and already a dependency of SGLang.
 """
 
 import ipaddress
@@ -24,17 +23,17 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
 WATCH_INTERVAL_S = 0.25
-FIRST_BACKOFF_S = 0.5
-MAX_REPLY_BYTES = 1 << 30
+FIRST_BACKOFF_S = 0.5  # doubled after every failure
+MAX_REPLY_BYTES = 1 << 30  # top-1024 log-probs of 32,768 tokens take 358 MB: 8 bytes per entry, in base64
 
 
 class _Unreachable(Exception):
-    """The attempt failed in a way that a repetition may cure."""
+    """A failed attempt that may be retried."""
 
 
 @dataclass
 class _Attempt:
-    """What the thread of one attempt leaves behind."""
+    """Result of one attempt, filled in by its thread."""
 
     done: threading.Event = field(default_factory=threading.Event)
     status: int = 0
@@ -43,17 +42,17 @@ class _Attempt:
 
 
 class Connection:
-    """Requests to one server.
+    """Sends requests to one server.
 
     Args:
         url: Such as ``http://127.0.0.1:30000``.
-        request_timeout_s: Longest time of one attempt, from connecting to the last byte of the answer.
-        max_retries: Repetitions after a failed connection or an answer of 500 and above; a time-out is not repeated.
+        request_timeout_s: Timeout of one attempt, from connecting to the last byte of the reply.
+        max_retries: Retries after a failed connection or a 5xx status. Timeouts are not retried.
         api_key: Sent as bearer token.
-        is_alive: Called at least once a second while waiting; raises when the server's process is gone.
+        is_alive: Polled while waiting; raises when the server's process has ended.
 
     Raises:
-        ValueError: ``url`` is none of this form.
+        ValueError: ``url`` does not have this form.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Connection:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise ValueError(f"url {url!r} is not of the form http://host:port")
         if api_key and urlsplit(url).scheme == "http" and not is_loopback(urlsplit(url).hostname or ""):
-            log.warning("The API key for %s travels unencrypted; use https outside a trusted network", url)
+            log.warning("The API key for %s is sent unencrypted; use https outside a trusted network", url)
         self.url = url.rstrip("/")
         self._timeout_s = request_timeout_s
         self._max_retries = max_retries
@@ -76,19 +75,19 @@ class Connection:
         self._is_alive = is_alive or (lambda: None)
 
     def get(self, path: str, *, timeout_s: float | None = None, is_json: bool = True) -> Any:
-        """Answer of a GET; see ``post``."""
+        """Send a GET request; see ``post``."""
         return self._request("GET", path, None, timeout_s, is_json)
 
     def post(self, path: str, body: Any, *, timeout_s: float | None = None, is_json: bool = True) -> Any:
-        """Decoded JSON answer, or its text if ``is_json`` is False.
+        """Send a POST request; return decoded JSON, or text if ``is_json`` is False.
 
-        Repeats the request, so the server must not mind to see it twice.
+        Failed attempts are retried, so the request must be idempotent.
 
         Raises:
-            EngineDied: The server's process is gone.
-            EngineTimeout: No answer in time.
-            EngineReplyInvalid: An answer of 400 to 499, or one that is not JSON.
-            EngineError: Not reachable, or answers of 500 and above, after the last repetition.
+            EngineDied: The server's process has ended.
+            EngineTimeout: No reply within the timeout.
+            EngineReplyInvalid: A status other than 200 and 5xx, or a reply that is not JSON.
+            EngineError: Unreachable or 5xx after the last retry.
         """
         return self._request("POST", path, body, timeout_s, is_json)
 
@@ -110,15 +109,17 @@ class Connection:
                         f"{method} {self.url}{path} failed {num_failures} times, last with: {failure}; is the server up "
                         "and the url right?"
                     ) from failure
-                log.warning("%s %s%s failed (%s), trying again", method, self.url, path, failure)
+                log.warning("%s %s%s failed (%s), retrying", method, self.url, path, failure)
         raise AssertionError("unreachable: the loop returns or raises")
 
     def _try_once(self, method: str, path: str, body: Any, timeout_s: float) -> bytes:
         attempt = _Attempt()
-        # a daemon: a thread stuck in a read must not keep a dying trainer alive
+        # In a thread, so that the death of the server's process ends the wait: with the timeout of requests alone, up
+        # to request_timeout_s would pass. A daemon: a thread blocked in a read must not keep the trainer alive.
         threading.Thread(
             target=self._send, args=(attempt, method, path, body, timeout_s), daemon=True
         ).start()
+        # requests' own timeout restarts with every chunk; a server that drips bytes never exceeds it.
         deadline = time.monotonic() + timeout_s
         while not attempt.done.wait(WATCH_INTERVAL_S):
             self._is_alive()
@@ -134,46 +135,44 @@ class Connection:
             raise _Unreachable(f"status {attempt.status}: {_excerpt(attempt.body)}")
         if attempt.status != 200:
             raise EngineReplyInvalid(
-                f"{method} {self.url}{path} was refused with status {attempt.status}: {_excerpt(attempt.body)}"
+                f"{method} {self.url}{path} was rejected with status {attempt.status}: {_excerpt(attempt.body)}"
             )
         return attempt.body
 
     def _send(self, attempt: _Attempt, method: str, path: str, body: Any, timeout_s: float) -> None:
         try:
+            # A connection per attempt: a kept-alive one that the server has closed meanwhile looks like a failure.
             with requests.Session() as session:
-                session.trust_env = False  # a proxy of the environment must not see traffic to the engine
+                session.trust_env = False  # no proxy from the environment between trainer and engine
                 with session.request(
                     method,
                     self.url + path,
                     json=body,
                     headers=self._headers,
                     timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
-                    allow_redirects=False,
+                    allow_redirects=False,  # would send prompts and the API key elsewhere
                     stream=True,
                 ) as response:
                     attempt.body = _read_body(response)
                     attempt.status = response.status_code
-        except Exception as error:  # handed over to the waiting thread, which judges it
+        except Exception as error:  # raised in the waiting thread
             attempt.error = error
         finally:
             attempt.done.set()
 
     def _back_off(self, seconds: float) -> None:
-        """Waits; a process that took the connection with it is noticed here, before the next attempt."""
+        # A refused connection often means that the process has died; that is reported before the next attempt.
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(left, WATCH_INTERVAL_S))
             self._is_alive()
 
     def _timeout_message(self, method: str, path: str, timeout_s: float) -> str:
-        return (
-            f"{method} {self.url}{path} had no answer within {timeout_s:g} s; raise request_timeout_s if the "
-            "request is that large"
-        )
+        return f"{method} {self.url}{path} had no reply within {timeout_s:g} s; raise request_timeout_s for large requests"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only processes on this machine reach ``host``."""
+    """Return whether ``host`` is reachable from this machine only."""
     if host == "localhost":
         return True
     try:

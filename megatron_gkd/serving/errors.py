@@ -1,30 +1,34 @@
-"""What can go wrong with a generation engine. All are ``EngineError``, so that a caller can stop on any of them."""
+"""Errors of inference engines, and their transport between ranks.
+
+Imports nothing, because rollout, teacher and train raise and catch these errors too.
+"""
 
 
 class EngineError(RuntimeError):
-    """The engine cannot do what was asked."""
+    """Base class; the train loop saves a checkpoint and stops on any of them."""
 
 
 class EngineDied(EngineError):
-    """The server's process ended; the message carries the last lines of its log."""
+    """The server process ended; the message includes the last lines of its log."""
 
 
 class EngineTimeout(EngineError):
-    """No answer within the allowed time."""
+    """No reply within the timeout."""
 
 
 class EngineReplyInvalid(EngineError):
-    """The server refused the request or its answer breaks the contract."""
+    """The server rejected the request, or its reply violates the contract."""
 
 
 class EngineRequestInvalid(EngineError, ValueError):
-    """The request was not sent: it would kill the server or spoil the result."""
+    """Invalid arguments; the request was not sent."""
 
 
 class StaleWeights(EngineError):
-    """The answer was made by other weights than the trainer's newest."""
+    """The reply was produced by other weights than the last pushed version."""
 
 
+# An explicit list instead of a look-up by name: the names arrive over the network.
 _BY_NAME = {
     kind.__name__: kind
     for kind in (
@@ -39,7 +43,7 @@ _BY_NAME = {
 
 
 def error_to_json(error: Exception) -> dict[str, str]:
-    """``error`` as plain values, for another rank. An error of another kind becomes an ``EngineError`` naming it."""
+    """Serialize an error for other ranks; foreign types become ``EngineError``."""
     name = type(error).__name__
     if isinstance(error, EngineError) and name in _BY_NAME:
         return {"kind": name, "message": str(error)}

@@ -1,4 +1,4 @@
-"""Start, watch and stop an SGLang server."""
+"""Lifecycle of an SGLang server process: launch, health, liveness, stop."""
 
 import json
 import logging
@@ -29,16 +29,20 @@ log = logging.getLogger(__name__)
 
 NUM_TAIL_LINES = 20
 TAIL_BYTES = 200_000
+# nanobind reports leaked objects at every exit; the lines would push the traceback out of the tail.
 EXIT_NOISE = ("nanobind: ", " - leaked ", " - ... skipped", "See https://nanobind")
 STOP_GRACE_S = 10.0
 HEALTH_TIMEOUT_S = 10.0
 PROGRESS_INTERVAL_S = 15.0
-# below the ephemeral range of Linux, where an outgoing connection could take the port while the server loads
+# Below Linux' ephemeral range (from 32768 on), where an outgoing connection could take the port while the server loads.
 PORTS = range(20_000, 32_000)
 
 
 class ServerProcess:
-    """A running server. Use as a context manager, or call ``stop``; it also ends when this process does, however."""
+    """A running server, stopped on exit of the context and with this process.
+
+    Use it as a context manager or call ``stop``. If this process is killed, the guard ends the server.
+    """
 
     def __init__(
         self, guard_process: subprocess.Popen, settings: ServerSettings, log_file: Path, key_file: Path | None
@@ -50,17 +54,17 @@ class ServerProcess:
 
     @classmethod
     def start(cls, settings: ServerSettings, *, log_file: Path, start_timeout_s: float) -> "ServerProcess":
-        """Start a server and wait until it has produced its first token.
+        """Start a server and wait until it is healthy.
 
         Args:
-            settings: What to start; port 0 is replaced by a free one.
-            log_file: Receives all output of the server, appended.
-            start_timeout_s: Longest wait.
+            settings: Settings of the server; port 0 is replaced by a free one.
+            log_file: Receives the server's output, appended.
+            start_timeout_s: Maximum wait.
 
         Raises:
             RuntimeError: The CPU plugin is not installed.
-            EngineDied: The server ended while it started; the message has the end of its log.
-            EngineTimeout: It was not healthy in time; it is stopped.
+            EngineDied: The server ended during start-up; the message has the end of its log.
+            EngineTimeout: It was not healthy in time and has been stopped.
         """
         server = cls.launch(settings, log_file=log_file)
         try:
@@ -72,11 +76,11 @@ class ServerProcess:
 
     @classmethod
     def launch(cls, settings: ServerSettings, *, log_file: Path) -> "ServerProcess":
-        """Start a server and return at once; ``wait_until_healthy`` before the first request.
+        """Start a server without waiting; call ``wait_until_healthy`` before the first request.
 
         Args:
-            settings: What to start; port 0 is replaced by a free one.
-            log_file: Receives all output of the server, appended.
+            settings: Settings of the server; port 0 is replaced by a free one.
+            log_file: Receives the server's output, appended.
 
         Raises:
             RuntimeError: The CPU plugin is not installed.
@@ -91,29 +95,31 @@ class ServerProcess:
         log.debug("Command: %s", shlex.join(command))
         with log_file.open("ab") as output:
             if settings.api_key:
-                os.fchmod(output.fileno(), 0o600)  # SGLang writes all its settings there
+                os.fchmod(output.fileno(), 0o600)  # SGLang logs its settings, the key included
+            # -I -S: neither PYTHONPATH nor site-packages; the guard uses the standard library only.
             guard_process = subprocess.Popen(
                 [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(STOP_GRACE_S), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=server_environment(settings, os.environ, available_cpus()),
-                start_new_session=True,  # Ctrl-C in a terminal reaches the trainer, which stops the server in order
+                # Ctrl-C in a terminal must reach the trainer only, which stops the server after its last request.
+                start_new_session=True,
             )
         return cls(guard_process, settings, log_file, key_file)
 
     @property
     def url(self) -> str:
-        """Address for clients on this machine."""
+        """URL for clients on this machine."""
         return self.settings.url
 
     @property
     def pid(self) -> int:
-        """Process id of the guard, whose descendants are the server."""
+        """Process id of the guard, the parent of the server."""
         return self._guard.pid
 
     def client(self, *, vocab_size: int, request_timeout_s: float, max_retries: int) -> SglangClient:
-        """A client that notices the death of this server."""
+        """Return a client that raises ``EngineDied`` when this server ends."""
         return SglangClient(
             self.url,
             vocab_size=vocab_size,
@@ -125,7 +131,7 @@ class ServerProcess:
         )
 
     def check_alive(self) -> None:
-        """Raises ``EngineDied`` with the last lines of the log when the server's process is gone."""
+        """Raise ``EngineDied`` with the end of the log if the server process has ended."""
         code = self._guard.poll()
         if code is not None:
             raise EngineDied(
@@ -134,14 +140,14 @@ class ServerProcess:
             )
 
     def log_tail(self, num_lines: int = NUM_TAIL_LINES) -> list[str]:
-        """The last lines of the server's log, without the reports that its libraries print whenever they end."""
+        """Return the last lines of the server's log, without the exit noise of libraries."""
         with self.log_file.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
             lines = file.read().decode("utf-8", "replace").splitlines()
         return [line for line in lines if line.strip() and not line.startswith(EXIT_NOISE)][-num_lines:]
 
     def stop(self) -> None:
-        """End the server and all its processes; harmless when it has ended already."""
+        """Stop the server with all its processes; no-op if it has ended already."""
         self._remove_key_file()
         if self._guard.poll() is not None:
             return
@@ -149,8 +155,8 @@ class ServerProcess:
         try:
             self._guard.wait(STOP_GRACE_S + guard.KILL_TIMEOUT_S + 5)
         except subprocess.TimeoutExpired:
-            log.warning("The guard of the SGLang server at %s does not end; killing it", self.url)
-            self._guard.kill()  # the kernel then kills the server
+            log.warning("The guard of the SGLang server at %s did not exit; killing it", self.url)
+            self._guard.kill()  # the kernel then kills the server (PR_SET_PDEATHSIG)
             self._guard.wait()
         log.info("Stopped the SGLang server at %s", self.url)
 
@@ -161,12 +167,13 @@ class ServerProcess:
         self.stop()
 
     def wait_until_healthy(self, timeout_s: float) -> None:
-        """Wait until the server has produced its first token, with a line in the log now and then.
+        """Wait until the server has generated its first token, and log the progress.
 
         Raises:
             EngineDied: The server ended; the message has the end of its log.
-            EngineTimeout: It was not healthy in time; it still runs.
+            EngineTimeout: It was not healthy in time; it is still running.
         """
+        # /health generates one token, so a positive answer covers the scheduler and the model. It needs no API key.
         connection = Connection(
             self.url, request_timeout_s=HEALTH_TIMEOUT_S, max_retries=0, is_alive=self.check_alive
         )
@@ -189,11 +196,14 @@ class ServerProcess:
                     next_progress_s += PROGRESS_INTERVAL_S
                     last_line = "".join(self.log_tail(1))
                     log.info(
-                        "Waiting for SGLang, %.0f of %.0f s; its log: %s", elapsed_s, timeout_s, last_line
+                        "Waiting for SGLang, %.0f of %.0f s; last log line: %s",
+                        elapsed_s,
+                        timeout_s,
+                        last_line,
                     )
             else:
                 log.info("SGLang is ready at %s after %.1f s", self.url, time.monotonic() - start)
-                self._remove_key_file()
+                self._remove_key_file()  # read by now
                 return
 
     def _remove_key_file(self) -> None:
@@ -202,7 +212,7 @@ class ServerProcess:
 
 
 def find_free_port() -> int:
-    """A TCP port on which nobody listens now."""
+    """Return a random TCP port that is not in use."""
     chooser = random.SystemRandom()  # not the training seed: two jobs would choose the same
     for port in chooser.sample(PORTS, 100):
         if is_free_port("127.0.0.1", port):
@@ -211,11 +221,10 @@ def find_free_port() -> int:
 
 
 def is_free_port(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
+    """Return whether a server can bind this port."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as servers do: not blocked by closed connections
+        # As servers do: connections in TIME_WAIT do not block the port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError:
@@ -224,7 +233,7 @@ def is_free_port(host: str, port: int) -> bool:
 
 
 def _write_key(api_key: str) -> Path:
-    """A new file that this user alone can read, as SGLang wants it: YAML, of which JSON is a part."""
+    # mkstemp creates the file with mode 0600. SGLang reads YAML, of which JSON is a subset.
     descriptor, name = tempfile.mkstemp(prefix="sglang-", suffix=".yaml")
     with open(descriptor, "w", encoding="utf-8") as file:
         json.dump({"api-key": api_key}, file)

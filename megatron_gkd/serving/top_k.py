@@ -1,6 +1,6 @@
-"""The most probable tokens at every position of a sequence, out of the flat base64 arrays of an answer.
+"""Decoding and validation of top-k log-probabilities from a teacher server.
 
-Shapes: T = tokens that are scored, K = entries per token.
+Shapes: T = scored tokens, K = entries per token.
 """
 
 import base64
@@ -13,26 +13,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_gkd.serving.errors import EngineReplyInvalid
-from megatron_gkd.serving.replies import (
+from megatron_gkd.serving.protocol import (
     WeightVersion,
     check_version,
-    entries_of,
     meta_info,
     parse_token_log_probs,
+    reply_entries,
 )
 
-# how far float32 sums over a vocabulary may be off; a wrong or shifted row is off by far more
+# Error of fp32 sums over a vocabulary; a wrong or shifted row differs by far more.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class TopK:
-    """What a model expects where each scored token stands.
+    """Next-token distributions of a model at the scored positions, cut to the top k.
 
     Attributes:
-        ids_TK: [T, K] int32, most probable first, all different within a row.
-        log_probs_TK: [T, K] float32 in nats at temperature 1, normalised over the whole vocabulary.
-        token_log_probs_T: [T] float32, of the tokens that really stand there.
+        ids_TK: [T, K] int32, most probable first, distinct within a row.
+        log_probs_TK: [T, K] float32 in nats at temperature 1, normalized over the full vocabulary.
+        token_log_probs_T: [T] float32, of the actual tokens of the sequence.
     """
 
     ids_TK: NDArray[np.int32]
@@ -41,12 +41,12 @@ class TopK:
 
     @classmethod
     def empty(cls, top_k: int) -> "TopK":
-        """Of no tokens."""
+        """Return zero rows."""
         no_rows = np.zeros((0, top_k), np.float32)
         return cls(no_rows.astype(np.int32), no_rows, no_rows[:, 0])
 
     def select(self, mask_T: Sequence[bool]) -> "TopK":
-        """The rows where the mask is true."""
+        """Return the rows where the mask is true."""
         kept_T = np.array(mask_T, dtype=bool)
         return TopK(self.ids_TK[kept_T], self.log_probs_TK[kept_T], self.token_log_probs_T[kept_T])
 
@@ -58,25 +58,23 @@ def parse_top_k(
     start: int,
     top_k: int,
     vocab_size: int,
-    expected_version: WeightVersion | None,
+    expected_version: WeightVersion,
 ) -> TopK:
-    """The top ``top_k`` tokens at the positions of ``ids[start + 1:]``.
-
-    sglang 0.5.23 writes true ids here, the last one of the vocabulary among them, unlike in the ids that it echoes.
+    """Parse the top-k distributions at the positions of ``ids[start + 1:]``.
 
     Args:
-        reply: Decoded answer of ``/generate`` to a batch of one sequence, with ``logprob_start_len: start``.
-        ids: The sequence that was sent.
-        start: Its last token that is not scored.
-        top_k: Entries per position that were asked for.
-        vocab_size: Ids must lie below.
-        expected_version: Name of the weights that must have answered; None accepts any.
+        reply: Decoded reply of ``/generate`` to a batch of one sequence, with ``logprob_start_len: start``.
+        ids: The sequence sent.
+        start: Index of the last token that is not scored.
+        top_k: Requested entries per position.
+        vocab_size: Upper bound of token ids.
+        expected_version: Weight version that must have scored the sequence.
 
     Raises:
-        EngineReplyInvalid: The answer breaks the contract.
-        StaleWeights: Other weights answered.
+        EngineReplyInvalid: The reply violates the contract.
+        StaleWeights: Other weights scored the sequence.
     """
-    (entry,) = entries_of(reply, 1)
+    (entry,) = reply_entries(reply, 1)
     meta = meta_info(0, entry)
     check_version(0, meta, expected_version)
     token_log_probs = parse_token_log_probs(0, meta, ids[start:], vocab_size)
@@ -92,6 +90,7 @@ def parse_top_k(
 
 
 def _check_layout(meta: dict[str, Any], shape: list[int]) -> None:
+    # The null prefix is the row of the first token, which nothing predicts. The other rows predict the token after them.
     got, nulls = meta.get("input_top_logprobs_shape"), meta.get("input_top_logprobs_null_prefix")
     if got != shape or nulls != 1:
         raise EngineReplyInvalid(
@@ -117,7 +116,8 @@ def _decode(meta: dict[str, Any], name: str, dtype: np.dtype) -> NDArray:
 
 
 def _check_distributions(rows: TopK, vocab_size: int) -> None:
-    """Each row must be the head of a distribution over the vocabulary."""
+    """Check that each row is the head of a distribution over the vocabulary."""
+    # The ids here are true ids, the last one of the vocabulary included, unlike those echoed in input_token_logprobs.
     ids_TK, log_probs_TK = rows.ids_TK, rows.log_probs_TK
     sorted_TK = np.sort(ids_TK, axis=1)
     mass_T1 = np.exp(log_probs_TK.astype(np.float64)).sum(1, keepdims=True)
@@ -128,21 +128,24 @@ def _check_distributions(rows: TopK, vocab_size: int) -> None:
         (log_probs_TK[:, 1:] > log_probs_TK[:, :-1], "log-probs that are not sorted"),
         (mass_T1 > 1 + TOLERANCE, "a probability mass above 1"),
     ):
-        _refuse_first(is_wrong_TK, what, rows)
+        _raise_first(is_wrong_TK, what, rows)
 
 
 def _check_tokens(rows: TopK, tokens_T: NDArray[np.int32]) -> None:
-    """The two answers about the token that really follows must agree; rows of another position would not."""
+    """Check the rows against the log-probabilities of the actual tokens."""
+    # Two independent statements about one position: rows that were shifted or belong to another sequence differ.
     is_token_TK = rows.ids_TK == tokens_T[:, None]
     token_T1 = rows.token_log_probs_T[:, None]
     differs_TK = is_token_TK & (np.abs(rows.log_probs_TK - token_T1) > TOLERANCE)
     is_left_out_T1 = ~is_token_TK.any(1, keepdims=True) & (token_T1 > rows.log_probs_TK[:, -1:] + TOLERANCE)
-    _refuse_first(
-        differs_TK | is_left_out_T1, "another log-prob of the next token than the server says", rows
+    _raise_first(
+        differs_TK | is_left_out_T1,
+        "a log-prob of the next token that differs from input_token_logprobs",
+        rows,
     )
 
 
-def _refuse_first(is_wrong_TK: NDArray[np.bool_], what: str, rows: TopK) -> None:
+def _raise_first(is_wrong_TK: NDArray[np.bool_], what: str, rows: TopK) -> None:
     wrong_rows = is_wrong_TK.nonzero()[0]
     if not len(wrong_rows):
         return

@@ -16,7 +16,7 @@ from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.parallel.collectives import gather_json
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.serving.errors import error_from_json, error_to_json
-from megatron_gkd.serving.teacher import TeacherClient
+from megatron_gkd.serving.teacher_client import TeacherClient
 from megatron_gkd.teacher.signal import TopKSignal
 
 Result = TypeVar("Result")

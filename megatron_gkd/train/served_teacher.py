@@ -13,7 +13,7 @@ from megatron_gkd.config.hf_shapes import load_hf_shapes, load_served_model
 from megatron_gkd.config.teacher import ServerTeacherConfig
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.serving.connection import read_api_key
-from megatron_gkd.serving.teacher import TeacherClient
+from megatron_gkd.serving.teacher_client import TeacherClient
 from megatron_gkd.teacher.server import ServerTeacher
 
 log = logging.getLogger(__name__)

@@ -149,7 +149,7 @@ def _generate_greedily(rank: int, world_size: int, folders: list[Path], split: S
 
 def _sample(rank: int, world_size: int, folders: list[Path], split: Split, file: Path) -> None:
     from megatron_gkd.rollout.megatron import MegatronRollout
-    from megatron_gkd.serving.completion import Sampling
+    from megatron_gkd.serving.protocol import Sampling
 
     prompts = [*_prompts(), [1, 2, 3], [1, 2, 3]]
     seeds = [2**62 - 1, 0, *range(100, 107)]
@@ -208,7 +208,7 @@ def _draw_from_padded(rank: int, world_size: int, folder: Path) -> None:
 def _compare_ranks(rank: int, world_size: int, folder: Path, num_prompts: int) -> None:
     from megatron_gkd.parallel.collectives import gather_json
     from megatron_gkd.rollout.megatron import MegatronRollout
-    from megatron_gkd.serving.completion import Sampling
+    from megatron_gkd.serving.protocol import Sampling
 
     for split in (DP, TP2, PP2):
         with student_groups(split) as groups:

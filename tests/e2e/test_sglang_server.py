@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -144,7 +145,7 @@ def test_an_update_from_disk_brings_the_new_model_under_its_version(client, sgla
 
 def test_an_update_right_after_a_health_check_is_not_refused(client, sglang_model):
     for version in range(1, 4):
-        client.health()
+        assert requests.get(f"{client.url}/health", timeout=30).ok
         client.update_weights_from_disk(sglang_model, version)
     assert largest_difference(client.score(SEQUENCES), hf_log_probs(sglang_model, SEQUENCES)) < 1e-4
 
@@ -162,29 +163,6 @@ def test_an_update_without_a_layer_is_a_success_to_the_server(client, sglang_mod
     scores = client.score(SEQUENCES)
     assert largest_difference(scores, hf_log_probs(tmp_path / "new", SEQUENCES)) > 1e-2
     assert largest_difference(scores, hf_log_probs(sglang_model, SEQUENCES)) > 1e-2
-
-
-def test_tensors_pushed_by_value_arrive(client, tmp_path):
-    new = write_tiny_model(tmp_path, seed=2)
-    client.push_tensors(load_file(new / "model.safetensors").items(), 4)
-    assert largest_difference(client.score(SEQUENCES), hf_log_probs(new, SEQUENCES)) < 1e-4
-
-
-def test_generation_can_be_held_and_resumed(client):
-    client.pause("retract")
-    results = []
-    sampling = Sampling(max_new_tokens=2)
-    asking = threading.Thread(
-        target=lambda: results.extend(client.generate([[5]], seeds=[1], sampling=sampling))
-    )
-    asking.start()
-    time.sleep(1)
-    assert not results
-    client.resume()
-    asking.join(30)
-    assert len(results) == 1
-    client.flush_cache()
-    client.health()
 
 
 def test_two_ranks_with_pushed_weights_score_alike_and_when_killed_are_missed_within_five_seconds(

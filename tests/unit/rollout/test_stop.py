@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gkd.rollout.base import cut_at_stop
-from megatron_gkd.serving.completion import Completion
+from megatron_gkd.serving.protocol import Completion
 
 # tokens 0.. are byte strings; "e with acute" and the euro sign are spread over several tokens
 PIECES = (b"a", b"b", b"ab", b"ba", b"\n", b"\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"Stop", b"op:")

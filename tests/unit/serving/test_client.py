@@ -81,11 +81,11 @@ GOOD = answer([1, 1, 1])
         ([GOOD, answer([1, True, 1])], "outside"),
         ([GOOD, {**GOOD, "output_ids": None}], "outside"),
         ([GOOD, answer([1, 1])], "context length is too small"),
-        ([GOOD, answer([1, 2, 1])], "went on after stop token 2"),
-        ([GOOD, answer([1, 1, 1, 2], reason=STOPPED)], "4 tokens, asked for 3"),
-        ([GOOD, answer([1, 1], reason=STOPPED)], "stopped at token 2"),
-        ([GOOD, answer([2, 1, 2], reason=STOPPED)], "stopped at token 2"),
-        ([GOOD, answer([], reason=STOPPED)], "stopped at token 2"),
+        ([GOOD, answer([1, 2, 1])], "continues after stop token 2"),
+        ([GOOD, answer([1, 1, 1, 2], reason=STOPPED)], "4 tokens, more than max_new_tokens=3"),
+        ([GOOD, answer([1, 1], reason=STOPPED)], "reports stop token 2"),
+        ([GOOD, answer([2, 1, 2], reason=STOPPED)], "reports stop token 2"),
+        ([GOOD, answer([], reason=STOPPED)], "reports stop token 2"),
         ([GOOD, answer([1], reason={"type": "stop", "matched": "text"})], "not a token id"),
         ([GOOD, answer([1], reason={"type": "abort", "message": "out of memory"})], "aborted.*out of memory"),
         ([GOOD, answer([1], reason={"type": "other"})], "finish_reason"),
@@ -110,14 +110,6 @@ def test_another_weight_version_or_a_second_one_is_stale(faulty, make_client, ve
     faulty.scripts["/generate"] = [(200, [GOOD, answer([1, 1, 1], versions=versions)])]
     with pytest.raises(StaleWeights, match="expected only 3"):
         generate(make_client())
-
-
-@pytest.mark.parametrize(("versions", "expected"), [(("2",), 2), (("2", "3"), 2), (("default",), -1)])
-def test_stale_weights_can_be_allowed_and_the_oldest_version_is_reported(
-    faulty, make_client, versions, expected
-):
-    faulty.scripts["/generate"] = [(200, [GOOD, answer([1, 1, 1], versions=versions)])]
-    assert generate(make_client(), allow_stale=True)[1].weight_version == expected
 
 
 def test_a_server_whose_weights_are_unknown_is_not_asked(faulty, make_client):
@@ -163,7 +155,7 @@ def test_a_hanging_server_times_out_and_is_not_asked_again(faulty, make_client):
     release = threading.Event()
     faulty.scripts["/generate"] = [lambda: (release.wait(5), (200, []))[1]]
     start = time.monotonic()
-    with pytest.raises(EngineTimeout, match=r"no answer within 0\.2 s.*request_timeout_s"):
+    with pytest.raises(EngineTimeout, match=r"no reply within 0\.2 s.*request_timeout_s"):
         generate(make_client(request_timeout_s=0.2))
     assert time.monotonic() - start < 4
     assert len(faulty.requests) == 1
@@ -297,7 +289,7 @@ def test_an_update_counts_only_when_the_server_reports_the_version(faulty, make_
         "flush_cache": False,
     }
     assert faulty.bodies("/flush_cache") == [{}], "cached keys and values are of the old weights"
-    with pytest.raises(StaleWeights, match="reports 4"):
+    with pytest.raises(StaleWeights, match="reports success but version 4"):
         client.update_weights_from_disk(weights, 5)
     assert client.weight_version is None
 
@@ -344,43 +336,6 @@ def test_files_that_would_kill_the_server_are_not_handed_to_it(faulty, make_clie
         client.update_weights_from_disk(folder, 4)
     assert faulty.requests == []
     assert client.weight_version == 3
-
-
-def test_tensors_are_pushed_between_begin_and_end(faulty, make_client):
-    for path in ("/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update"):
-        faulty.scripts[path] = [(200, {"success": True})]
-    faulty.scripts["/flush_cache"] = [(200, b"Cache flushed.")]
-    faulty.scripts["/model_info"] = [(200, {"weight_version": "4"})]
-    client = make_client()
-    client.push_tensors([("a", torch.ones(2))], 4, tp_size=2)
-    paths = [path for path, _, _ in faulty.requests]
-    assert paths == [
-        "/begin_weight_update",
-        "/update_weights_from_tensor",
-        "/end_weight_update",
-        "/flush_cache",
-        "/model_info",
-    ]
-    assert len(faulty.requests[1][1]["serialized_named_tensors"]) == 2
-    assert client.weight_version == 4
-
-
-def test_a_failed_push_of_tensors_is_closed_and_leaves_the_weights_unknown(faulty, make_client):
-    faulty.scripts["/begin_weight_update"] = [(200, {"success": True})]
-    faulty.scripts["/update_weights_from_tensor"] = [(400, {"success": False, "message": "shape"})]
-    faulty.scripts["/end_weight_update"] = [(200, {"success": True})]
-    client = make_client()
-    with pytest.raises(EngineReplyInvalid, match="shape"):
-        client.push_tensors([("a", torch.ones(2))], 4)
-    assert faulty.requests[-1][0] == "/end_weight_update"
-    assert client.weight_version is None
-
-
-def test_a_large_model_is_not_pushed_by_value(faulty, make_client):
-    huge = torch.empty(1, dtype=torch.float32).expand(1 << 25)
-    with pytest.raises(ValueError, match="update_weights_from_disk"):
-        make_client().push_tensors([("a", huge)], 4)
-    assert faulty.requests == []
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,14 @@ def changed(row: int, column: int, value: float, table: Any = KEPT) -> Any:
         (answer(kept=changed(1, 2, -float("inf"))), "row 1 .* not finite"),
         (answer(kept=changed(1, 1, -0.9)), "row 1 .* not sorted"),
         (answer(kept=[KEPT[0], [-0.5, -0.5, -3.0]]), "row 1 .* mass above 1"),
-        (answer(kept=[KEPT[1], KEPT[0]]), "row 0 .* another log-prob of the next token"),
-        (answer(kept=changed(1, 2, -4.5)), "row 1 .* another log-prob of the next token"),
+        (
+            answer(kept=[KEPT[1], KEPT[0]]),
+            "row 0 .* log-prob of the next token that differs from input_token_logprobs",
+        ),
+        (
+            answer(kept=changed(1, 2, -4.5)),
+            "row 1 .* log-prob of the next token that differs from input_token_logprobs",
+        ),
         (answer(input_token_logprobs=None), "no list of input_token_logprobs"),
         (answer(weight_versions=None), "weight_versions"),
         (answer(finish_reason={"type": "abort", "message": "too long"}), "aborted.*too long"),
@@ -249,7 +255,7 @@ def test_a_hanging_teacher_is_given_up_at_the_deadline(faulty, make_teacher):
     release = threading.Event()
     faulty.scripts["/generate"] = [lambda: (release.wait(5), (200, answer()))[1]]
     start = time.monotonic()
-    with pytest.raises(EngineTimeout, match=r"no answer within 0\.2 s.*request_timeout_s"):
+    with pytest.raises(EngineTimeout, match=r"no reply within 0\.2 s.*request_timeout_s"):
         make_teacher(request_timeout_s=0.2).score_top_k([IDS], [START])
     assert time.monotonic() - start < 4
     release.set()
@@ -294,7 +300,7 @@ def test_the_expected_model_is_accepted_and_its_weights_are_noted(teaching, make
         ("/model_info", (200, {**MODEL_INFO, "is_generation": False}), "is_generation=False"),
         ("/generate", (400, {"error": "valid range is [0, 51)."}), "vocab_size=51, expected is 50"),
         ("/generate", (400, {"error": "no"}), "status 400"),
-        ("/generate", (200, []), "does not say the size of its vocabulary"),
+        ("/generate", (200, []), "does not report its vocabulary size"),
         ("/server_info", (200, {**SERVER_INFO, "max_req_input_len": 19}), "sequences of 19 tokens.*are 20"),
     ],
 )

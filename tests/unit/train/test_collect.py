@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_gkd.data.sample import Prompt
-from megatron_gkd.serving.completion import Completion
+from megatron_gkd.serving.protocol import Completion
 from megatron_gkd.train.collect import collect_batch
 from megatron_gkd.train.state import TrainState
 
