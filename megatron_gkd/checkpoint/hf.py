@@ -1,4 +1,7 @@
-"""Hugging Face folders to Megatron checkpoints and back, bit for bit."""
+"""Bit-for-bit conversion between Hugging Face folders and Megatron checkpoints.
+
+The converters run on one rank. Adapters are merged on export, or written in PEFT's format.
+"""
 
 import json
 import logging
@@ -18,7 +21,7 @@ from torch import Tensor
 from megatron_gkd.checkpoint.blocks import stream_weights
 from megatron_gkd.checkpoint.integrity import (
     CheckpointError,
-    describe_share,
+    hash_share,
     read_manifest,
     sync_folder,
     write_manifest,
@@ -28,22 +31,24 @@ from megatron_gkd.checkpoint.weights import (
     HF_FILES,
     LORA,
     WEIGHTS,
-    require_whole,
+    WeightSource,
+    load_weights,
+    require_intact,
     stored_dtype,
 )
 from megatron_gkd.config.hf_shapes import HfShapes, load_hf_shapes
 from megatron_gkd.models.gpt import LocalModel, build_gpt
-from megatron_gkd.models.lora import LoraSpec, attach_adapters, merged_parameters
+from megatron_gkd.models.lora import LoraSpec, attach_adapters, attached_spec, merged_parameters
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.platform.kernels import Kernels
 from megatron_gkd.reshard.layout import (
     Slice,
     WeightLayout,
-    all_owned_slices,
     check_coverage,
     hf_tensors,
     owned_slices,
 )
+from megatron_gkd.reshard.lora import adapter_slices, peft_modules, peft_tensors
 from megatron_gkd.reshard.transport import HfFolder, MappedSafetensors, find_difference, read_slices
 
 log = logging.getLogger(__name__)
@@ -52,34 +57,35 @@ log = logging.getLogger(__name__)
 def convert_hf_to_megatron(
     hf: Path, out: Path, groups: ModelGroups, kernels: Kernels, device: torch.device
 ) -> None:
-    """Write a folder that ``student.checkpoint`` and ``teacher.checkpoint`` accept. For a job of one rank.
+    """Write a checkpoint for ``student.checkpoint`` or ``teacher.checkpoint``.
 
-    The weights are written from the files' own pages; only the fused q, k and v are put together in memory.
+    Weights are written from the memory-mapped files; only the fused QKV is assembled in memory.
 
     Raises:
-        ConfigError: ``config.json`` is missing or describes a model that is not supported.
+        ConfigError: ``config.json`` is missing or describes an unsupported model.
         FileExistsError: ``out`` exists.
-        ValueError: The folder lacks a tensor, or mixes number formats.
-        CheckpointError: What was written is not what was read.
+        ValueError: The folder lacks a tensor, or mixes data types.
+        CheckpointError: Reading the result back gives other values.
     """
-    unfinished = unfinished_folder(out)
+    unfinished = _temporary_folder(out)
     shapes = load_hf_shapes(hf)
     source, dtype = HfFolder(hf), _common_dtype(hf, shapes)
     start = time.perf_counter()
-    model = build_for_conversion(shapes, groups, kernels, dtype, device, is_uninitialized=True)
+    model = _build_model(shapes, groups, kernels, dtype, device, is_uninitialized=True)
     slices = _slices_by_parameter(model, shapes, groups)
     (unfinished / WEIGHTS).mkdir(parents=True)
     log.info("Writing %s with %d million weights", out, shapes.num_parameters // 10**6)
     dist_checkpointing.save(_sharded_from(source, model, slices, groups), str(unfinished / WEIGHTS))
+    # Read back through the index of the checkpoint, not from memory: a wrong sharding entry would be found as well.
     for name, tensor in _with_progress(
         "Verified", stream_weights(model, groups, unfinished / WEIGHTS), shapes
     ):
         if different := find_difference({name: tensor}, source, slices[name]):
             raise CheckpointError(
-                f"{unfinished} has other numbers than {different} in {hf}; is the disk sound?"
+                f"{unfinished} has other values than {different} in {hf}; is the disk faulty?"
             )
     copy_side_files(hf, unfinished / HF_FILES)
-    share = describe_share(unfinished, dist.get_rank(), dist.get_world_size())
+    share = hash_share(unfinished, dist.get_rank(), dist.get_world_size())
     write_manifest(unfinished, {"kind": "weights", "dtype": _name(dtype)}, share, device=device)
     unfinished.rename(out)
     sync_folder(out.parent)
@@ -89,19 +95,19 @@ def convert_hf_to_megatron(
 def convert_megatron_to_hf(
     checkpoint: Path, out: Path, groups: ModelGroups, kernels: Kernels, device: torch.device
 ) -> None:
-    """Write a Hugging Face folder that transformers and SGLang load, from a converted or a training checkpoint.
+    """Write a Hugging Face folder for transformers and SGLang from any Megatron checkpoint.
 
-    Adapters are added to the weights. For a job of one rank; one parameter at a time is in memory.
+    Adapters are merged into the weights. One parameter at a time is in memory.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, or what was written is not what was read.
+        CheckpointError: The checkpoint is damaged, or reading the result back gives other values.
         FileExistsError: ``out`` exists.
     """
-    unfinished = unfinished_folder(out)
+    unfinished = _temporary_folder(out)
     shapes, dtype = load_hf_shapes(checkpoint / HF_FILES), stored_dtype(checkpoint)
     start = time.perf_counter()
-    require_whole(checkpoint, device)
-    model = build_for_conversion(shapes, groups, kernels, dtype, device, is_uninitialized=True)
+    require_intact(checkpoint, device)
+    model = _build_model(shapes, groups, kernels, dtype, device, is_uninitialized=True)
     if adapters := read_manifest(checkpoint).get(LORA):
         attach_adapters(model, LoraSpec.from_json(adapters), groups)
     slices = _slices_by_parameter(model, shapes, groups)
@@ -114,26 +120,59 @@ def convert_megatron_to_hf(
     for name, tensor in _with_progress("Wrote", stream_weights(model, groups, checkpoint / WEIGHTS), shapes):
         target.write(file, {name: tensor}, slices[name])
         if different := find_difference({name: tensor}, written, slices[name]):
-            raise CheckpointError(f"{file}: {different} is not what was written; is the disk sound?")
+            raise CheckpointError(f"{file}: {different} differs from what was written; is the disk faulty?")
     unfinished.rename(out)
     log.info("Wrote %s in %.1f s", out, time.perf_counter() - start)
 
 
-def export_weights(
-    model: LocalModel, file: Path, shapes: HfShapes, groups: ModelGroups, dtype: torch.dtype
+def convert_megatron_to_peft(
+    checkpoint: Path, out: Path, groups: ModelGroups, kernels: Kernels, device: torch.device
 ) -> None:
-    """Write a model in any layout as one safetensors file, each rank its own slices. Collective over the groups' ranks.
-
-    Adapters are added to the weights.
+    """Write the adapters of a training checkpoint as a folder for PEFT.
 
     Raises:
-        ValueError: The ranks' slices do not cover every tensor exactly once.
+        CheckpointError: The checkpoint is damaged, or has no adapters.
+        FileExistsError: ``out`` exists.
     """
-    weights = WeightLayout(shapes, groups.layout, model.vocab_size)
-    parameters = merged_parameters(model)
-    check_coverage(shapes, all_owned_slices(weights))
-    mine = owned_slices(weights, tp_rank=groups.tp_rank, pp_rank=groups.pp_rank, parameters=parameters)
-    write_together(file, MappedSafetensors(hf_tensors(shapes), dtype), parameters, mine, groups)
+    unfinished = _temporary_folder(out)
+    shapes, dtype = load_hf_shapes(checkpoint / HF_FILES), stored_dtype(checkpoint)
+    model = _build_model(shapes, groups, kernels, dtype, device)
+    source = WeightSource(checkpoint, True)
+    load_weights(model, source, shapes, groups, merges_adapters=False, device=device)
+    spec = attached_spec(model)
+    if spec is None:
+        raise CheckpointError(f"{checkpoint} has no adapters; export its weights without --adapter")
+    unfinished.mkdir(parents=True)
+    export_adapters(model, unfinished / "adapter_model.safetensors", shapes, groups, dtype)
+    modules = peft_modules(WeightLayout(shapes, groups.layout, model.vocab_size), spec.targets)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        # Unknown here, and a path of this machine would not be valid elsewhere.
+        "base_model_name_or_path": None,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "target_modules": modules,
+        "bias": "none",
+    }
+    (unfinished / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    unfinished.rename(out)
+    log.info("Wrote %s", out)
+
+
+def export_adapters(
+    model: LocalModel, file: Path, shapes: HfShapes, groups: ModelGroups, dtype: torch.dtype
+) -> None:
+    """Write a model's adapters under PEFT's names. Collective over the groups' ranks."""
+    weights, spec = WeightLayout(shapes, groups.layout, model.vocab_size), attached_spec(model)
+    assert spec is not None  # callers check for adapters
+    parameters = dict(model.named_parameters())
+    mine = adapter_slices(
+        weights, spec.rank, tp_rank=groups.tp_rank, pp_rank=groups.pp_rank, parameters=parameters
+    )
+    target = MappedSafetensors(peft_tensors(weights, spec.rank, spec.targets), dtype)
+    write_together(file, target, parameters, mine, groups)
 
 
 def write_together(
@@ -143,17 +182,17 @@ def write_together(
     slices: Sequence[Slice],
     groups: ModelGroups,
 ) -> None:
-    """Let each rank write its slices into one file. Collective over the groups' ranks."""
+    """Write the ranks' slices into one file. Collective over the groups' ranks."""
     if dist.get_rank() == 0:
         target.create(file)
-    dist.barrier()
-    if groups.dp_rank == 0:
+    dist.barrier()  # the file has its size before others write into it
+    if groups.dp_rank == 0:  # data-parallel replicas hold the same values
         target.write(file, parameters, slices)
     dist.barrier()
 
 
-def unfinished_folder(out: Path) -> Path:
-    """Where ``out`` is written until it is complete; what an earlier attempt left there is removed."""
+def _temporary_folder(out: Path) -> Path:
+    """Return the folder to write ``out`` into, without leftovers of an earlier attempt."""
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another --out")
     unfinished = out.with_name(out.name + ".tmp")
@@ -161,7 +200,7 @@ def unfinished_folder(out: Path) -> Path:
     return unfinished
 
 
-def build_for_conversion(
+def _build_model(
     shapes: HfShapes,
     groups: ModelGroups,
     kernels: Kernels,
@@ -170,7 +209,7 @@ def build_for_conversion(
     *,
     is_uninitialized: bool = False,
 ) -> LocalModel:
-    """A model as the converters need it; see ``build_gpt``."""
+
     return build_gpt(
         shapes,
         groups,
@@ -194,11 +233,9 @@ def _slices_by_parameter(model: LocalModel, shapes: HfShapes, groups: ModelGroup
 def _sharded_from(
     source: HfFolder, model: LocalModel, slices: dict[str, list[Slice]], groups: ModelGroups
 ) -> dict[str, Any]:
-    """The model's ``sharded_state_dict``, with tensors of the files in place of the blank weights.
-
-    On one rank a parameter is the tensor of the file, except gate and up, which Megatron stores one after the other, and
-    q, k and v, whose rows it mixes.
-    """
+    """Return the model's ``sharded_state_dict`` with mapped tensors of the files as data."""
+    # On one rank a parameter equals a tensor of the file, with two exceptions: linear_fc1 is gate and up (stored as two
+    # tensors), and linear_qkv interleaves the rows of q, k and v per query group.
     sharded = model.sharded_state_dict(metadata={"dp_cp_group": groups.pg.dp_cp})
     for name, parameter in model.named_parameters():
         entry, pieces = sharded[name], slices[name]
@@ -218,7 +255,7 @@ def _sharded_from(
 def _with_progress(
     verb: str, parameters: Iterable[tuple[str, Tensor]], shapes: HfShapes
 ) -> Iterator[tuple[str, Tensor]]:
-    """Hand the parameters on and log every tenth of the model that is done."""
+    """Yield the parameters, and log every 10 % of the model."""
     done, reported = 0, 0
     for name, tensor in parameters:
         yield name, tensor
@@ -233,11 +270,14 @@ def _common_dtype(hf: Path, shapes: HfShapes) -> torch.dtype:
     source = HfFolder(hf)
     missing = [name for name in hf_tensors(shapes) if name not in source.names]
     if missing:
-        raise ValueError(f"{hf} lacks {len(missing)} tensors that config.json asks for, first {missing[0]!r}")
-    kinds = {source.dtype(name) for name in hf_tensors(shapes)}
-    if len(kinds) > 1:
-        raise ValueError(f"{hf} mixes number formats {sorted(map(str, kinds))}; save it in one format first")
-    return kinds.pop()
+        raise ValueError(
+            f"{hf} lacks {len(missing)} tensors required by config.json, the first is {missing[0]!r}"
+        )
+    dtypes = {source.dtype(name) for name in hf_tensors(shapes)}
+    # A checkpoint has one dtype in its manifest, and casting would break the bit-for-bit conversion.
+    if len(dtypes) > 1:
+        raise ValueError(f"{hf} mixes data types {sorted(map(str, dtypes))}; save it in one data type first")
+    return dtypes.pop()
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -245,9 +285,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    # training may have used another format than the folder it started from
+    # Training may have used another data type than the folder it started from.
     config = json.loads(config_file.read_text())
-    key = "dtype" if "dtype" in config else "torch_dtype"
+    key = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5 renamed it
     if config.get(key) != _name(dtype):
         config[key] = _name(dtype)
         config_file.write_text(json.dumps(config, indent=2) + "\n")

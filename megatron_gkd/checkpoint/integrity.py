@@ -1,6 +1,6 @@
-"""Manifests: a checkpoint folder counts only with a manifest whose sizes and hashes match its files.
+"""Manifests of checkpoint folders: file sizes and SHA-256 hashes.
 
-The manifest is written last and the folder gets its final name after that, so a half-written checkpoint has neither.
+The manifest is written last, and the folder is renamed after it, so a partially written checkpoint has neither.
 """
 
 import hashlib
@@ -15,37 +15,37 @@ import torch.distributed as dist
 from megatron_gkd.parallel.collectives import any_rank, gather_json
 
 MANIFEST = "manifest.json"
-_BLOCK = 1 << 22
+_READ_BYTES = 1 << 22
+
+# size and hash by path relative to the folder
+FileDigests = dict[str, dict[str, Any]]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message names the folder and what is wrong with it."""
+    """An unusable checkpoint; the message names the folder and the reason."""
 
 
-FileFacts = dict[str, dict[str, Any]]
-"""Size and hash of files, by their path in the folder."""
+def hash_share(folder: Path, rank: int, num_ranks: int) -> FileDigests:
+    """Hash this rank's share of the files in ``folder``."""
+    # Round robin over sorted names: shards of a rank have similar sizes and names, so the shares are of similar size.
+    return {str(f.relative_to(folder)): _digest(f) for f in _files(folder)[rank::num_ranks]}
 
 
-def describe_share(folder: Path, rank: int, num_ranks: int) -> FileFacts:
-    """Hash this rank's share of the files under ``folder``."""
-    return {str(f.relative_to(folder)): _describe(f) for f in _files(folder)[rank::num_ranks]}
-
-
-def write_manifest(folder: Path, facts: dict[str, Any], share: FileFacts, *, device: torch.device) -> None:
-    """Write the manifest of files of which each rank has hashed its ``share``. Collective."""
-    files: FileFacts = {}
+def write_manifest(folder: Path, header: dict[str, Any], share: FileDigests, *, device: torch.device) -> None:
+    """Merge the ranks' digests and write the manifest with ``header``. Collective."""
+    files: FileDigests = {}
     for part in gather_json(share, device=device):
         files.update(part)
     if dist.get_rank() == 0:
-        text = json.dumps({**facts, "files": dict(sorted(files.items()))}, indent=1)
+        text = json.dumps({**header, "files": dict(sorted(files.items()))}, indent=1)
         _write_durably(folder / MANIFEST, text)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+    """Return the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: There is none, or it is not a JSON object.
+        CheckpointError: The manifest is missing or not a JSON object.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -59,7 +59,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def find_damage(folder: Path, *, rank: int = 0, num_ranks: int = 1) -> str | None:
-    """What is wrong with this rank's share of the files, or ``None``."""
+    """Return the first mismatch in this rank's share of the files, or ``None``."""
     try:
         files = read_manifest(folder)["files"]
     except CheckpointError as error:
@@ -68,23 +68,25 @@ def find_damage(folder: Path, *, rank: int = 0, num_ranks: int = 1) -> str | Non
         file = folder / name
         if not file.is_file():
             return f"{file} is missing"
-        if file.stat().st_size != expected["size"]:
+        if file.stat().st_size != expected["size"]:  # saves hashing a truncated file
             return f"{file} has {file.stat().st_size} bytes instead of {expected['size']}"
-        if _describe(file) != expected:
+        if _digest(file) != expected:
             return f"{file} does not match its hash"
     return None
 
 
-def check_everywhere(folder: Path, *, device: torch.device) -> str | None:
-    """What is wrong with the folder, checked by all ranks together; the same answer on every rank. Collective."""
+def find_damage_on_any_rank(folder: Path, *, device: torch.device) -> str | None:
+    """Verify a checkpoint with all ranks; return the first mismatch on every rank. Collective."""
     damage = find_damage(folder, rank=dist.get_rank(), num_ranks=dist.get_world_size())
+    # One small all-reduce in the usual case; messages are gathered only if there is one.
     if not any_rank(damage is not None, device=device):
         return None
     return next(found for found in gather_json(damage, device=device) if found)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new names in ``folder`` durable."""
+    """Flush renames and new entries of ``folder`` to disk."""
+    # fsync of a file does not cover its directory entry.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -96,10 +98,10 @@ def _files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.rglob("*") if f.is_file() and f != folder / MANIFEST)
 
 
-def _describe(file: Path) -> dict[str, Any]:
+def _digest(file: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
+        while block := stream.read(_READ_BYTES):
             digest.update(block)
     return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
 

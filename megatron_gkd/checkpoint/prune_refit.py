@@ -1,6 +1,6 @@
-"""Build a pruned student: choose FFN channels, refit down projections by least squares, add query groups.
+"""Construction of a pruned student: FFN channel selection, least-squares refit, added query groups.
 
-Shapes: N = real (not padded) positions of all rows, H = hidden, F = FFN channels, K = kept FFN channels.
+Shapes: N = unpadded positions of all rows, H = hidden, F = FFN channels, K = kept FFN channels.
 """
 
 import logging
@@ -14,24 +14,24 @@ from megatron_gkd.checkpoint.prune_measure import Text, run_layer
 
 log = logging.getLogger(__name__)
 
+# Added to the diagonal of the second moments, relative to its mean; keeps the refit near the teacher's weights.
 RIDGE = 1e-3
-"""Added to the diagonal of the second moments, in units of its mean; keeps the refit near the old weights."""
 
 
 @torch.no_grad()
 def cut_student(teacher: Any, config: Any, text: Text, dropped_layers: Sequence[int], *, refits: bool) -> Any:
-    """The teacher without some layers and FFN channels; with ``refits`` each kept layer's down projection is refitted.
+    """Build the student from the teacher without some layers and FFN channels.
 
-    Layer by layer, on the student's own activations, the down projection D is fitted so that the layer's
-    output comes close to the teacher's hidden state behind the same layer and the dropped ones after it:
+    With ``refits`` the down projection D of each layer is fitted, on the student's own activations, to the teacher's
+    hidden state after the same layer and the dropped ones that follow it:
         min over D of |target - (residual + A D^T)|^2 + ridge |D - D_teacher|^2,   A = [N, K] activations.
 
     Args:
-        teacher: The whole model.
-        config: The student's configuration; `intermediate_size` says how many FFN channels each layer keeps.
+        teacher: The teacher.
+        config: The student's configuration; each layer keeps ``intermediate_size`` FFN channels.
         text: Calibration text.
-        dropped_layers: Indices of the teacher's layers that the student lacks.
-        refits: Fit the down projections; otherwise the weights that stay are the teacher's.
+        dropped_layers: Indices of the teacher's layers to drop.
+        refits: Fit the down projections; False keeps the teacher's weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -41,17 +41,18 @@ def cut_student(teacher: Any, config: Any, text: Text, dropped_layers: Sequence[
     layers = list(teacher.base_model.layers)
     kept = [index for index in range(len(layers)) if index not in set(dropped_layers)]
     targets = [teacher.get_input_embeddings()(batch) for batch in text.batches]
-    hidden, reached = targets, 0
-    for place, index in enumerate(kept):
-        behind = kept[place + 1] if place + 1 < len(kept) else len(layers)
-        for layer in layers[reached:behind]:
+    # Front to back: each fit starts from the student's hidden states, so it also corrects the errors of earlier layers.
+    hidden, num_run = targets, 0
+    for position, index in enumerate(kept):
+        next_kept = kept[position + 1] if position + 1 < len(kept) else len(layers)
+        for layer in layers[num_run:next_kept]:
             targets = [run_layer(teacher, layer, target)[1] for target in targets]
-        reached = behind
+        num_run = next_kept
         state, hidden, errors = _fit_layer(
             teacher, layers[index], hidden, targets, text, config.intermediate_size, refits
         )
-        student.base_model.layers[place].load_state_dict(state)
-        log.info("Layer %d: error %.3f of the hidden state, %.3f at the end", index, *errors)
+        student.base_model.layers[position].load_state_dict(state)
+        log.info("Layer %d: relative error of the hidden state %.3f, after the refit %.3f", index, *errors)
     return student
 
 
@@ -64,12 +65,13 @@ def _fit_layer(
     num_channels: int,
     refits: bool,
 ) -> tuple[dict[str, Tensor], list[Tensor], tuple[float, float]]:
-    """Weights of the student's layer, its outputs, and its relative error before and after the refit."""
+    """Return the layer's weights, its outputs, and its relative errors before and after the refit."""
     activations, outputs = zip(*(run_layer(teacher, layer, x) for x in hidden), strict=True)
     down_HF = layer.mlp.down_proj.weight
     a_NF, target_NH = text.pack(activations, text.is_real), text.pack(targets, text.is_real)
+    # Attention and the skip connection do not depend on D: what the FFN does not add to the output.
     residual_NH = text.pack(outputs, text.is_real) - a_NF @ down_HF.T
-    moments_FF = (a_NF.T @ a_NF).double()
+    moments_FF = (a_NF.T @ a_NF).double()  # float64: inverted below
     ridge = RIDGE * moments_FF.diagonal().mean()
     if refits:
         kept_K = choose_channels(moments_FF, down_HF, num_channels, ridge)
@@ -79,6 +81,7 @@ def _fit_layer(
     missing_NH = target_NH - residual_NH - a_NK @ old_HK.T
     new_HK = old_HK
     if refits:
+        # Solved for D - D_teacher, which the ridge pulls to zero.
         new_HK = old_HK + fit_ridge(moments_FF[kept_K][:, kept_K], a_NK, missing_NH, ridge)
     left_NH = target_NH - residual_NH - a_NK @ new_HK.T
     errors = tuple((value.norm() / target_NH.norm()).item() for value in (missing_NH, left_NH))
@@ -95,12 +98,11 @@ def _fit_layer(
 
 
 def choose_channels(moments_FF: Tensor, down_HF: Tensor, num_channels: int, ridge: Tensor | float) -> Tensor:
-    """[K] ascending indices of the channels that are left when the cheapest goes first.
+    """Return the [K] ascending indices of the channels to keep, by optimal brain surgeon.
 
-    Removing channel f and refitting the others raises the squared error by |d_f|^2 / I_ff, with I the inverse
-    of the second moments of the activations and d_f the channel's column of the down projection (optimal
-    brain surgeon; Hassibi and Stork 1993). The others are refitted after each removal, because of two channels that
-    can replace each other only one is cheap.
+    Removing channel f and refitting the others increases the squared error by |d_f|^2 / I_ff, with I the inverse of the
+    second moments of the activations and d_f the channel's column of the down projection (Hassibi and Stork 1993). The
+    cheapest channel is removed repeatedly.
     """
     num_all = down_HF.shape[1]
     if num_channels == num_all:
@@ -112,6 +114,8 @@ def choose_channels(moments_FF: Tensor, down_HF: Tensor, num_channels: int, ridg
         cost_F = columns_FH.square().sum(1) / inverse_FF.diagonal()
         cheapest = int(cost_F.masked_fill_(is_gone_F, torch.inf).argmin())
         is_gone_F[cheapest] = True
+        # Refit after each removal: of two channels that can replace each other, only the first one is cheap. Both updates
+        # are rank 1, so selecting costs O(F^2) per channel instead of a new inverse.
         row_F = inverse_FF[cheapest].clone()
         share_F = row_F / row_F[cheapest]
         columns_FH.addr_(share_F, columns_FH[cheapest].clone(), alpha=-1)
@@ -120,13 +124,13 @@ def choose_channels(moments_FF: Tensor, down_HF: Tensor, num_channels: int, ridg
 
 
 def largest_channels(moments_FF: Tensor, down_HF: Tensor, num_channels: int) -> Tensor:
-    """[K] ascending indices of the channels that add most to the output: E[a_f^2] |d_f|^2."""
+    """Return the [K] ascending indices of the channels with the largest E[a_f^2] |d_f|^2."""
     share_F = moments_FF.diagonal() * down_HF.double().square().sum(0)
     return share_F.topk(num_channels).indices.sort().values
 
 
 def fit_ridge(moments_KK: Tensor, a_NK: Tensor, missing_NH: Tensor, ridge: Tensor | float) -> Tensor:
-    """[H, K] W that minimises |missing - A W^T|^2 + ridge |W|^2; solved in float64."""
+    """Return the [H, K] W that minimizes |missing - A W^T|^2 + ridge |W|^2."""
     regular_KK = moments_KK + ridge * torch.eye(moments_KK.shape[0], dtype=moments_KK.dtype)
     factor_KK = torch.linalg.cholesky(regular_KK)
     return torch.cholesky_solve((a_NK.T @ missing_NH).double(), factor_KK).T.to(missing_NH.dtype)
@@ -134,10 +138,9 @@ def fit_ridge(moments_KK: Tensor, a_NK: Tensor, missing_NH: Tensor, ridge: Tenso
 
 @torch.no_grad()
 def add_query_groups(model: Any, config: Any) -> Any:
-    """The same function with the heads and query groups of `config`; `model` itself if it has them.
+    """Pad a model to the heads and query groups of ``config`` without changing its function.
 
-    An added group repeats the query, key and value rows of an old one and starts with zero columns in the
-    output projection: it adds nothing, and the gradient of those columns is not zero, so it can learn.
+    An added group copies the query, key and value rows of an existing one; its columns in the output projection are zero.
     """
     from transformers import AutoModelForCausalLM
 
@@ -157,7 +160,8 @@ def add_query_groups(model: Any, config: Any) -> Any:
 
 
 def _with_groups(name: str, value: Tensor, num_added: int, rows_q: int, rows_kv: int) -> Tensor:
-    """A weight or bias with the added groups at its end, if it belongs to an attention projection."""
+    """Append the added groups to a weight or bias of an attention projection."""
+    # Only o_proj is zero: with q, k, v copied its gradient is not, so the added groups can learn.
     if "o_proj.weight" in name:
         return torch.cat([value, value.new_zeros(value.shape[0], num_added * rows_q)], dim=1)
     for projection, rows in (("q_proj.", rows_q), ("k_proj.", rows_kv), ("v_proj.", rows_kv)):

@@ -1,7 +1,9 @@
-"""The queue through which the processes that write a checkpoint answer; it survives a request to stop the run.
+"""The results queue of Megatron's checkpoint writers, protected from the signals that stop a run.
 
-torchrun hands SIGTERM to the whole process group of a rank. Megatron-Core keeps this queue in a process of its own which
-SIGTERM would end, and with it the checkpoint that is being written and the last one of the run.
+torchrun sends SIGTERM to the whole process group of a rank. Megatron-Core (0.16.1, filesystem_async.py:54) keeps the queue in
+a manager process, which SIGTERM would end: the save in progress and the last save of the run would fail.
+
+A file of its own without torch, because the spawned manager process imports it to find ``_end_with_parent``.
 """
 
 import multiprocessing
@@ -15,7 +17,7 @@ from multiprocessing.managers import SyncManager
 
 
 def keep_results_through_signals() -> None:
-    """Start the queue's process, deaf to SIGTERM and SIGINT, unless this process has a queue; it ends with this process."""
+    """Start the manager of the results queue with SIGTERM and SIGINT blocked, once per process."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
@@ -23,9 +25,11 @@ def keep_results_through_signals() -> None:
 
 
 def start_manager() -> SyncManager:
-    """A manager whose process outlives SIGTERM and SIGINT, but not the process that started it."""
+    """Start a manager process that ignores SIGTERM and SIGINT and ends with its parent."""
+    # As in Megatron: a process forked from a rank would inherit CUDA and its threads' locks.
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    resource_tracker.ensure_running()  # unblocks both signals where it has to start
+    # Started before the signals are blocked: its start unblocks both of them in this thread.
+    resource_tracker.ensure_running()
     with _blocked_signals():
         manager.start(_end_with_parent)
     return manager
@@ -33,7 +37,7 @@ def start_manager() -> SyncManager:
 
 @contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """Signals of this time arrive afterwards; processes started in it keep them blocked."""
+    """Defer signals to the end of the block; processes started in it inherit the mask."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
         yield
@@ -49,4 +53,4 @@ def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(0)
+    os._exit(0)  # from a thread: sys.exit would end this thread only

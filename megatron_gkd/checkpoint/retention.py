@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay: the newest ones, and the best by a metric. For one process; the others wait."""
+"""Checkpoint retention: the newest ones and the best by a metric. Runs on one rank."""
 
 import logging
 import math
@@ -10,26 +10,24 @@ from megatron_gkd.config.resume import finished_checkpoints
 
 log = logging.getLogger(__name__)
 
-BEST = "best"
-"""Link beside the checkpoints to the best of them."""
-UNFINISHED = ".tmp"
-"""Ending of a folder that is being written or removed; it is never chosen."""
-SUPERSEDED = "superseded"
-"""Folder beside the checkpoints for those that a run did not continue; nothing reads it."""
+BEST = "best"  # symbolic link to the best checkpoint
+UNFINISHED = ".tmp"  # suffix of a folder that is being written or removed; never selected
+SUPERSEDED = "superseded"  # folder for checkpoints that a run did not continue from; never read
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Those that have a manifest; their files are not looked at."""
+    """Return the checkpoints that have a manifest. File contents are not verified."""
     return [checkpoint for checkpoint in finished_checkpoints(folder) if (checkpoint / MANIFEST).is_file()]
 
 
 def find_best(folder: Path, metric: str) -> Path | None:
-    """The checkpoint with the lowest finite value of ``metric``, the newest of equal ones; ``None`` if none has one."""
+    """Return the checkpoint with the lowest finite ``metric``; the newest one on a tie."""
     best, lowest = None, math.inf
     for checkpoint in complete_checkpoints(folder):
         try:
             value = read_manifest(checkpoint).get("metrics", {}).get(metric)
         except CheckpointError as error:
+            # A damaged manifest must not end the run in the middle of a save.
             log.warning("This checkpoint cannot be the best: %s", error)
             continue
         if value is not None and math.isfinite(value) and value <= lowest:
@@ -38,17 +36,16 @@ def find_best(folder: Path, metric: str) -> Path | None:
 
 
 def set_aside_after(folder: Path, iteration: int) -> None:
-    """Move all checkpoints of later iterations to ``superseded/``: this run goes on without them.
-
-    Left where they are, they would be taken for the newest, by retention and by the next resume.
-    """
+    """Move the checkpoints of later iterations to ``superseded/``."""
+    # Left in place, they would count as the newest: retention would remove the checkpoints that this run writes, and the
+    # next resume would continue from the old ones.
     later = [p for p in finished_checkpoints(folder) if int(p.name.removeprefix("iter_")) > iteration]
     for checkpoint in later:
         target = _free_name(folder / SUPERSEDED / checkpoint.name)
         target.parent.mkdir(exist_ok=True)
         checkpoint.rename(target)
         log.warning(
-            "Training goes on from iteration %d: moved %s to %s; remove it if you do not need it",
+            "Training continues from iteration %d: moved %s to %s; delete it if you do not need it",
             iteration,
             checkpoint.name,
             target,
@@ -67,8 +64,9 @@ def _free_name(path: Path) -> Path:
 
 
 def link_best(best: Path) -> None:
-    """Point the link at ``best``; a reader finds the old or the new one at any time."""
+    """Point the link at ``best``, atomically."""
     link = best.parent / BEST
+    # A link cannot be changed in place; rename replaces it in one step.
     aside = link.with_name(BEST + UNFINISHED)
     aside.unlink(missing_ok=True)
     aside.symlink_to(best.name)
@@ -76,11 +74,17 @@ def link_best(best: Path) -> None:
 
 
 def remove_superseded(folder: Path, *, keep_last: int, best: Path | None) -> None:
-    """Remove all checkpoints but the newest ``keep_last`` (0: all stay) and ``best``, and what unfinished saves left."""
+    """Remove all but the newest ``keep_last`` checkpoints and ``best``, and unfinished folders.
+
+    Args:
+        folder: Folder of the checkpoints.
+        keep_last: Number of newest checkpoints to keep; 0 keeps all.
+        best: Kept in addition.
+    """
     superseded = complete_checkpoints(folder)[:-keep_last] if keep_last else []
     for checkpoint in superseded:
         if checkpoint != best:
-            # from here on nobody can choose it while it is half gone
+            # Renamed first: a checkpoint that is being deleted must not be selected by a resume.
             checkpoint.rename(checkpoint.with_name(checkpoint.name + UNFINISHED))
             log.info("Removing checkpoint %s", checkpoint)
     for unfinished in folder.glob(f"iter_*{UNFINISHED}"):

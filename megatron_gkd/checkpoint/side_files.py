@@ -1,4 +1,4 @@
-"""What a model folder holds beside weights: configuration, tokenizer and chat template."""
+"""Side files of a model folder: configuration, tokenizer and chat template."""
 
 import shutil
 from pathlib import Path
@@ -16,26 +16,29 @@ _TOKENIZER_FILES = (
     SENTENCEPIECE_FILE,
     CHAT_TEMPLATE_FILE,
 )
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_MODEL_FILES = ("config.json", "generation_config.json")
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and chat template of a Hugging Face folder: every file that holds no weights."""
+    """Copy configuration, tokenizer and chat template of a Hugging Face folder."""
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
-            shutil.copyfile(file, target / file.name)
+    # An allow-list: model folders also hold weights in other formats, code, optimizer states and whatever users put
+    # there, none of which belongs into every checkpoint and export.
+    for name in (*_MODEL_FILES, *_TOKENIZER_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def replace_tokenizer(target: Path, tokenizer: Path | None, chat_template: str | None) -> None:
-    """Put the tokenizer or the chat template that a run used in the place of the model's own.
+    """Replace the model's tokenizer or chat template by the one that the run used.
 
     Args:
-        target: Folder that ``copy_side_files`` filled.
-        tokenizer: Folder of the tokenizer or a SentencePiece model file; ``None``: the model's own stays.
-        chat_template: Jinja text; ``None``: the tokenizer's own stays.
+        target: Folder filled by ``copy_side_files``.
+        tokenizer: Tokenizer folder or SentencePiece model file; ``None`` keeps the model's own.
+        chat_template: Jinja source; ``None`` keeps the tokenizer's own.
     """
     if tokenizer is not None:
+        # All of the old files: transformers would combine, say, the old merges.txt with the new vocab.json.
         for name in _TOKENIZER_FILES:
             (target / name).unlink(missing_ok=True)
         is_file = tokenizer.is_file()

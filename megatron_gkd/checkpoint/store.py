@@ -1,7 +1,7 @@
-"""Training checkpoints: ``checkpoints/iter_<n>/`` with everything a run needs to go on as if it had not stopped.
+"""Training checkpoints in ``checkpoints/iter_<n>/``, for a resume that is bit-identical to an uninterrupted run.
 
-A checkpoint is written beside its final name, hashed, and renamed; what is half-written is never chosen. Weights,
-optimizer and random state are saved by dist_checkpointing, counters and the loader's position as JSON.
+A checkpoint is written under a temporary name, hashed, and renamed; an incomplete one is never selected. Weights, optimizer
+and RNG state are saved by dist_checkpointing, counters and the position in the data as JSON.
 """
 
 import json
@@ -20,12 +20,11 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_gkd.checkpoint.background import BackgroundSave
 from megatron_gkd.checkpoint.integrity import (
     CheckpointError,
-    FileFacts,
-    check_everywhere,
-    describe_share,
+    FileDigests,
+    find_damage_on_any_rank,
+    hash_share,
     read_manifest,
     sync_folder,
     write_manifest,
@@ -38,8 +37,8 @@ from megatron_gkd.checkpoint.retention import (
     remove_superseded,
     set_aside_after,
 )
+from megatron_gkd.checkpoint.saving import BackgroundSave, require_space
 from megatron_gkd.checkpoint.side_files import copy_side_files, replace_tokenizer
-from megatron_gkd.checkpoint.space import require_space
 from megatron_gkd.checkpoint.weights import HF_FILES, LORA, WEIGHTS, fill_model
 from megatron_gkd.config.resume import STATE_FILE, finished_checkpoints
 from megatron_gkd.models.gpt import LocalModel
@@ -59,15 +58,15 @@ class CheckpointStore:
 
     Args:
         folder: ``<output_dir>/checkpoints``.
-        hf_files: Folder whose config and tokenizer files every checkpoint carries along.
-        groups: The student's layout and groups.
-        dtype: Number format of the weights.
+        hf_files: Folder with the configuration and tokenizer files that every checkpoint includes.
+        groups: The student's layout and process groups.
+        dtype: Data type of the weights.
         device: The device of this rank.
-        keep_last: Number of newest checkpoints that stay; 0: all.
-        best_metric: Metric whose lowest value marks the best checkpoint, which stays, too.
-        tokenizer: Folder or file of the tokenizer that goes with the weights in place of that of ``hf_files``.
-        chat_template: Jinja text that goes with them in place of the tokenizer's own.
-        in_background: ``save`` returns as soon as the tensors are copied; ``advance`` and ``finish`` do the rest.
+        keep_last: Number of newest checkpoints to keep; 0 keeps all.
+        best_metric: Metric whose lowest value marks the best checkpoint, which is kept too.
+        tokenizer: Tokenizer folder or file that replaces the one in ``hf_files``.
+        chat_template: Jinja source that replaces the tokenizer's own template.
+        in_background: ``save`` returns once the tensors are copied; ``advance`` and ``finish`` complete it.
     """
 
     def __init__(
@@ -99,19 +98,19 @@ class CheckpointStore:
         state: dict[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> Path:
-        """Write ``iter_<iteration>``; an existing one of that name is replaced. Collective over all ranks.
+        """Write ``iter_<iteration>``, replacing an existing one. Collective over all ranks.
 
-        In the background the folder is there after ``finish`` only; an earlier save is finished first.
+        A background save exists on disk only after ``finish``; an earlier one is finished first.
 
         Args:
-            iteration: Finished iterations.
+            iteration: Completed iterations.
             model: This rank's part of the student.
             optimizer: Its optimizer.
-            state: Counters, position of the loader, configuration.
-            metrics: Metrics of this iteration; only the one that marks the best checkpoint is used.
+            state: Counters, position in the data, configuration.
+            metrics: Metrics of this iteration; only ``best_metric`` is used.
 
         Raises:
-            NoSpaceError: The disk has no room; nothing was written.
+            NoSpaceError: Not enough free disk space; nothing was written.
         """
         self.finish()
         start = time.perf_counter()
@@ -128,104 +127,108 @@ class CheckpointStore:
             replace_tokenizer(unfinished / HF_FILES, self._tokenizer, self._chat_template)
             (unfinished / STATE_FILE).write_text(json.dumps(state, indent=1))
         dist.barrier()
-        facts = {
-            **self._facts(iteration),
+        header = {
+            **self._manifest_header(iteration),
             LORA: _adapters_of(model),
-            "metrics": self._noted_metrics(metrics or {}),
+            "metrics": self._best_metric_of(metrics or {}),
         }
         keep_results_through_signals()
         request = dist_checkpointing.save(
             sharded, str(unfinished / WEIGHTS), async_sharded_save=self._in_background
         )
         if request is not None:
-            publish = partial(self._publish, unfinished, final, facts, start)
+            publish = partial(self._publish, unfinished, final, header, start)
             self._unfinished = BackgroundSave(request, unfinished, publish, device=self._device)
             log.info(
-                "Saving %s in the background; training waited %.1f s", final, time.perf_counter() - start
+                "Saving %s in the background; training was blocked for %.1f s",
+                final,
+                time.perf_counter() - start,
             )
             return final
-        dist.barrier()
-        share = describe_share(unfinished, dist.get_rank(), dist.get_world_size())
-        self._publish(unfinished, final, facts, start, share)
+        dist.barrier()  # all shards and the metadata of rank 0 are written
+        share = hash_share(unfinished, dist.get_rank(), dist.get_world_size())
+        self._publish(unfinished, final, header, start, share)
         return final
 
     def advance(self) -> None:
-        """Publish a checkpoint that was written in the background, if it is complete. Collective over all ranks."""
+        """Publish the background save if it has been written. Collective over all ranks."""
         if self._unfinished is not None and self._unfinished.advance(wait=False):
             self._unfinished = None
 
     def finish(self) -> None:
-        """Wait for a save in the background and publish it. Collective over all ranks."""
+        """Wait for the background save and publish it. Collective over all ranks."""
         if self._unfinished is not None:
             self._unfinished.advance(wait=True)
             self._unfinished = None
 
     def _publish(
-        self, unfinished: Path, final: Path, facts: dict[str, Any], start: float, share: FileFacts
+        self, unfinished: Path, final: Path, header: dict[str, Any], start: float, share: FileDigests
     ) -> None:
-        write_manifest(unfinished, facts, share, device=self._device)
+        write_manifest(unfinished, header, share, device=self._device)
         if dist.get_rank() == 0:
+            # rename does not replace a folder that is not empty
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
             sync_folder(self._folder)
             self._apply_retention()
-        dist.barrier()
+        dist.barrier()  # no rank returns before the checkpoint has its final name
         log.info("Saved %s in %.1f s", final, time.perf_counter() - start)
 
     def find_newest_valid(self) -> Path | None:
-        """The checkpoint of the highest iteration whose files match its manifest; ``None`` if there is none at all.
+        """Return the newest checkpoint whose files match its manifest, or ``None`` without any.
 
-        Damaged ones are passed over with a warning, unfinished ones in silence. Collective over all ranks.
+        Damaged ones are skipped with a warning. Collective over all ranks.
 
         Raises:
-            CheckpointError: All are damaged.
+            CheckpointError: All checkpoints are damaged.
         """
+        # Rank 0's listing: on a network file system the ranks may see different ones for a moment.
         names = broadcast_json([p.name for p in finished_checkpoints(self._folder)], device=self._device)
         damages = []
         for name in reversed(names):
-            damage = check_everywhere(self._folder / name, device=self._device)
+            damage = find_damage_on_any_rank(self._folder / name, device=self._device)
             if damage is None:
                 return self._folder / name
-            log.warning("Passing over checkpoint %s: %s", name, damage)
+            log.warning("Skipping checkpoint %s: %s", name, damage)
             damages.append(f"{name}: {damage}")
+        # Not a silent start from scratch, which would also make the damaged checkpoints the older ones.
         if damages:
             raise CheckpointError(
-                f"none of the {len(damages)} checkpoints in {self._folder} is whole ({damages[0]}); put a copy back, or start "
-                "anew with checkpoint.resume=false, which moves them aside"
+                f"none of the {len(damages)} checkpoints in {self._folder} is intact ({damages[0]}); restore a copy, or start "
+                "from scratch with checkpoint.resume=false, which moves them aside"
             )
         return None
 
     def set_aside_after(self, iteration: int) -> None:
-        """Move checkpoints of later iterations aside, for this run goes on without them. Collective over all ranks."""
+        """Move the checkpoints of later iterations to ``superseded/``. Collective over all ranks."""
         if dist.get_rank() == 0:
             set_aside_after(self._folder, iteration)
         dist.barrier()
 
     def load(self, folder: Path, model: LocalModel, optimizer: MegatronOptimizer) -> dict[str, Any]:
-        """Fill model, optimizer and random state; returns the JSON state. Collective over all ranks.
-
-        The random state is restored only into the layout, and on the kind of device, that saved it (it is unused without
-        dropout and drawn supports).
-        """
+        """Restore model, optimizer and RNG state; return the JSON state. Collective over all ranks."""
         manifest = read_manifest(folder)
         _check_same_adapters(folder, manifest, model)
-        facts = self._facts(0)
-        same_place = all(manifest.get(key) == facts[key] for key in ("layout", "device"))
-        wanted = self._sharded(model, optimizer, with_rng=same_place, is_loading=True)
+        # RNG states belong to ranks and device types and cannot be resharded. They matter for dropout and for drawn
+        # supports only.
+        header = self._manifest_header(0)
+        has_rng = all(manifest.get(key) == header[key] for key in ("layout", "device"))
+        wanted = self._sharded(model, optimizer, with_rng=has_rng, is_loading=True)
         loaded: Any = dist_checkpointing.load(wanted, str(folder / WEIGHTS))
         fill_model(model, loaded["model"], folder)
         load_optimizer_state(optimizer, loaded["optimizer"])
-        if same_place:
+        if has_rng:
             _set_rng_state(loaded[_RNG], self._device)
         return json.loads((folder / STATE_FILE).read_text())
 
-    def _noted_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def _best_metric_of(self, metrics: Mapping[str, float]) -> dict[str, float]:
         name = self._best_metric
         if name is None:
             return {}
         if name not in metrics:
             log.info("%s was not measured in this iteration: its checkpoint cannot be the best", name)
             return {}
+
         return {name: metrics[name]} if math.isfinite(metrics[name]) else {}
 
     def _apply_retention(self) -> None:
@@ -237,7 +240,8 @@ class CheckpointStore:
     def _sharded(self, model, optimizer, *, with_rng: bool, is_loading: bool = False) -> dict[str, Any]:
         metadata = {"dp_cp_group": self._groups.pg.dp_cp}
         weights = model.sharded_state_dict(metadata=metadata)
-        # layer by layer: Megatron would else want one tensor over all layers, and frozen ones have no state
+        # Layer by layer: by default Megatron stacks the optimizer state of all layers into one tensor, which would have
+        # holes where layers are frozen.
         by_layer = model.sharded_state_dict(metadata={**metadata, "non_homogeneous_layers": True})
         of_optimizer = sharded_optimizer_state(
             optimizer, by_layer, is_loading=is_loading, device=self._device
@@ -247,7 +251,7 @@ class CheckpointStore:
             state[_RNG] = _sharded_rng_state(self._device)
         return state
 
-    def _facts(self, iteration: int) -> dict[str, Any]:
+    def _manifest_header(self, iteration: int) -> dict[str, Any]:
         layout = self._groups.layout
         return {
             "kind": "training",
@@ -266,16 +270,17 @@ def _adapters_of(model: LocalModel) -> dict[str, Any] | None:
 def _check_same_adapters(folder: Path, manifest: dict[str, Any], model: LocalModel) -> None:
     saved, present = manifest.get(LORA), _adapters_of(model)
     for spec in filter(None, (saved, present)):
-        spec.pop("dropout")  # may change during a run
+        spec.pop("dropout")  # has no weights, so it may change between runs
     if saved != present:
         raise CheckpointError(
-            f"{folder} was saved with student.lora {saved or 'off'}, this run has {present or 'off'}; set it back, or "
-            "start a new run from it with student.checkpoint"
+            f"{folder} was saved with student.lora {saved or 'off'}, this run has {present or 'off'}; restore that setting, "
+            "or start a new run from it with student.checkpoint"
         )
 
 
 def _sharded_rng_state(device: torch.device) -> dict[str, ShardedTensor]:
-    """Random state of every rank as rows of byte tensors; no pickled objects."""
+    """Return this rank's RNG states as rows of byte tensors."""
+    # Tensors instead of objects, which dist_checkpointing would pickle.
     rank, world = dist.get_rank(), dist.get_world_size()
     return {
         name: ShardedTensor.from_rank_offsets(f"{_RNG}.{name}", value.unsqueeze(0), (0, rank, world))
@@ -284,6 +289,7 @@ def _sharded_rng_state(device: torch.device) -> dict[str, ShardedTensor]:
 
 
 def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    # default: the CPU generator; the tracker: Megatron's model-parallel generators
     state = {"default": torch.get_rng_state()}
     if device.type != "cpu":
         state[_DEVICE_RNG] = torch.get_device_module(device).get_rng_state(device)

@@ -1,7 +1,6 @@
-"""Fill a model's parameters from whichever kind of folder the configuration names.
+"""Loading of weights from Hugging Face folders and Megatron checkpoints, into any layout.
 
-A Hugging Face folder is read slice by slice, straight into any layout. A folder of Megatron weights is read by
-dist_checkpointing, which reshards as it loads.
+A Hugging Face folder is read slice by slice. A Megatron checkpoint is resharded by dist_checkpointing.
 
 Shapes: V = vocabulary entries of this rank, H = hidden size.
 """
@@ -16,7 +15,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_gkd.checkpoint.integrity import CheckpointError, check_everywhere, read_manifest
+from megatron_gkd.checkpoint.integrity import CheckpointError, find_damage_on_any_rank, read_manifest
 from megatron_gkd.config.hf_shapes import HfShapes
 from megatron_gkd.models.gpt import LocalModel, chunks_of, padded_vocab_size
 from megatron_gkd.models.lora import LoraSpec, attach_adapters, merge_adapters
@@ -26,17 +25,16 @@ from megatron_gkd.reshard.transport import HfFolder, read_slices
 
 WEIGHTS = "weights"
 HF_FILES = "hf"
-LORA = "lora"
-"""Key of the manifest that says which adapters the weights have."""
+LORA = "lora"  # key of the adapters' settings in the manifest
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where weights come from.
+    """A folder of weights.
 
     Attributes:
-        folder: A Hugging Face folder, or a checkpoint with a manifest.
-        is_checkpoint: Which of the two.
+        folder: A Hugging Face folder or a Megatron checkpoint.
+        is_checkpoint: True for a Megatron checkpoint.
     """
 
     folder: Path
@@ -44,7 +42,7 @@ class WeightSource:
 
     @property
     def hf_folder(self) -> Path:
-        """Folder of config.json and the tokenizer files."""
+        """Folder with config.json and the tokenizer files."""
         return self.folder / HF_FILES if self.is_checkpoint else self.folder
 
 
@@ -59,13 +57,21 @@ def load_weights(
     merges_adapters: bool = True,
     device: torch.device,
 ) -> None:
-    """Fill every parameter of this rank; collective over all ranks.
+    """Load every parameter of this rank. Collective over all ranks.
 
-    The adapters of a checkpoint are added to the weights, or attached to the model with ``merges_adapters=False``.
+    Args:
+        model: The model to fill.
+        source: Folder of the weights.
+        shapes: Shapes of the model.
+        groups: Its layout and process groups.
+        vocab_divisible_by: Padding of the vocabulary, as in ``build_gpt``.
+        is_headless: The model has no output projection.
+        merges_adapters: Merge a checkpoint's adapters into the weights; False attaches them to the model.
+        device: The device of this rank.
 
     Raises:
-        CheckpointError: A checkpoint is damaged or not of this model.
-        ValueError: A Hugging Face folder lacks a tensor.
+        CheckpointError: The checkpoint is damaged or belongs to another model.
+        ValueError: The Hugging Face folder lacks a tensor.
     """
     if source.is_checkpoint:
         _load_checkpoint(model, source.folder, groups, device, is_headless, merges_adapters)
@@ -96,18 +102,18 @@ def load_head(
     device: torch.device,
     is_needed: bool,
 ) -> Tensor | None:
-    """[V, H] shard of a model's output projection in a vocabulary split that need not be its own; collective.
+    """Load a [V, H] shard of the LM head for any vocabulary split. Collective.
 
     Args:
-        source: The model.
-        shapes: Its sizes.
-        tp_rank: Which shard.
+        source: Folder of the weights.
+        shapes: Shapes of the model.
+        tp_rank: Index of the shard.
         tp_size: Number of shards.
-        padded_vocab: Rows over all shards; rows beyond the real vocabulary are zero.
-        dp_rank: Copy of the model whose layout is used; further copies load the same.
-        dtype: Type of the result.
-        device: Where it goes.
-        is_needed: Whether this rank wants a shard; other ranks only take part.
+        padded_vocab: Rows over all shards; rows beyond the vocabulary are zero.
+        dp_rank: Data-parallel rank in the layout of the split; replicas load the same shard.
+        dtype: Data type of the result.
+        device: Device of the result.
+        is_needed: False: this rank takes part in the collective and returns ``None``.
     """
     rows = padded_vocab // tp_size
     head_VH = torch.zeros(rows, shapes.hidden_size, dtype=dtype)
@@ -118,11 +124,12 @@ def load_head(
             wanted["head"] = ShardedTensor.from_rank_offsets(
                 key, head_VH, (0, tp_rank, tp_size), replica_id=(0, 0, dp_rank), allow_shape_mismatch=True
             )
-        # validate_access_integrity asks for every shard exactly once, which a head alone need not give
+        # Access validation requires that all ranks together load every shard exactly once, which loading the head of one
+        # model on the ranks of another need not do.
         dist_checkpointing.load(wanted, str(source.folder / WEIGHTS), validate_access_integrity=False)
     elif is_needed:
         start, stop = tp_rank * rows, min((tp_rank + 1) * rows, shapes.vocab_size)
-        if start < stop:
+        if start < stop:  # the last shards may consist of padding
             name = "model.embed_tokens.weight" if shapes.tied else "lm_head.weight"
             head_VH[: stop - start] = HfFolder(source.folder).read(
                 name, ((start, stop), (0, shapes.hidden_size))
@@ -138,40 +145,41 @@ def _load_checkpoint(
     is_headless: bool,
     merges_adapters: bool,
 ) -> None:
-    require_whole(folder, device)
+    require_intact(folder, device)
     if adapters := read_manifest(folder).get(LORA):
         attach_adapters(model, LoraSpec.from_json(adapters), groups)
     metadata = {"dp_cp_group": groups.pg.dp_cp}
     if is_headless:
-        # GPTModel's own method asks for the weight of an output layer; its base class takes the modules as they are
+        # GPTModel.sharded_state_dict requires an output layer's weight; its base class takes the modules as they are.
         wanted = MegatronModule.sharded_state_dict(chunks_of(model)[0], metadata=metadata)
     else:
         wanted = model.sharded_state_dict(metadata=metadata)
     state: Any = dist_checkpointing.load(wanted, str(folder / WEIGHTS))
-    # beside the weights a run's checkpoint has facts about its optimizer
+    # The common state of a training checkpoint (optimizer settings) is returned too; dist_checkpointing always loads it.
     fill_model(model, {name: value for name, value in state.items() if name in wanted}, folder)
     if adapters and merges_adapters:
         merge_adapters(model)
 
 
-def require_whole(folder: Path, device: torch.device) -> None:
-    """Check a checkpoint's files against its manifest. Collective.
+def require_intact(folder: Path, device: torch.device) -> None:
+    """Verify a checkpoint's files against its manifest. Collective.
 
     Raises:
-        CheckpointError: They do not match; on all ranks.
+        CheckpointError: They do not match; raised on all ranks.
     """
-    # dist_checkpointing unpickles its metadata: nothing may be opened whose manifest does not match
-    if damage := check_everywhere(folder, device=device):
+    # Before anything is opened: dist_checkpointing's .metadata is a pickle.
+    if damage := find_damage_on_any_rank(folder, device=device):
         raise CheckpointError(f"{folder} cannot be loaded: {damage}")
 
 
 def fill_model(model: LocalModel, weights: dict[str, Any], folder: Path) -> None:
-    """Load a state dict that came from ``folder``.
+    """Copy a state dict loaded from ``folder`` into the model.
 
     Raises:
-        CheckpointError: It lacks a parameter of the model, or has one more.
+        CheckpointError: Parameters are missing or unexpected.
     """
     result = model.load_state_dict(weights, strict=False)
+    # _extra_state: Transformer Engine's FP8 metadata, absent in checkpoints of other back ends
     missing = [name for name in result.missing_keys if "_extra_state" not in name]
     if missing or result.unexpected_keys:
         raise CheckpointError(
@@ -180,5 +188,5 @@ def fill_model(model: LocalModel, weights: dict[str, Any], folder: Path) -> None
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Number format of the weights in a checkpoint, from its manifest."""
+    """Return the data type of a checkpoint's weights, from its manifest."""
     return getattr(torch, read_manifest(folder)["dtype"])

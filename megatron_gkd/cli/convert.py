@@ -44,8 +44,7 @@ def main_megatron_to_hf(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     def convert(*place: Any) -> None:
-        from megatron_gkd.checkpoint.hf import convert_megatron_to_hf
-        from megatron_gkd.checkpoint.peft import convert_megatron_to_peft
+        from megatron_gkd.checkpoint.hf import convert_megatron_to_hf, convert_megatron_to_peft
 
         write = convert_megatron_to_peft if options.adapter else convert_megatron_to_hf
         write(options.checkpoint, options.out, *place)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_gkd.checkpoint.space import NoSpaceError
+from megatron_gkd.checkpoint.saving import NoSpaceError
 from megatron_gkd.checkpoint.store import CheckpointStore
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.config.resume import is_named, permitted_changes

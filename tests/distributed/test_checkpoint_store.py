@@ -408,7 +408,7 @@ def _save_both_ways(rank: int, world_size: int, config_file: Path) -> None:
 
 
 def _save_without_space(rank: int, world_size: int, config_file: Path) -> None:
-    from megatron_gkd.checkpoint import space
+    from megatron_gkd.checkpoint import saving
     from megatron_gkd.config import load_config
 
     allow_saving()
@@ -417,15 +417,15 @@ def _save_without_space(rank: int, world_size: int, config_file: Path) -> None:
     store = _store(config, student)
     saved = store.save(1, student.model, student.optimizer, {})
     copies = 4 if config.optim.use_distributed_optimizer else 3  # weights, two moments, main weights
-    size = space._SMALL_FILES + student.shapes.num_parameters * 4 * copies
+    size = saving._SMALL_FILES + student.shapes.num_parameters * 4 * copies
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(space.shutil, "disk_usage", lambda folder: SimpleNamespace(free=size - 1))
-        with pytest.raises(space.NoSpaceError, match="GiB left; free some space or lower"):
+        patch.setattr(saving.shutil, "disk_usage", lambda folder: SimpleNamespace(free=size - 1))
+        with pytest.raises(saving.NoSpaceError, match="GiB left; free some space or lower"):
             store.save(2, student.model, student.optimizer, {})
         assert [p.name for p in saved.parent.iterdir()] == [saved.name]
         assert store.find_newest_valid() == saved
         random_state = 100_000
-        patch.setattr(space.shutil, "disk_usage", lambda folder: SimpleNamespace(free=size + random_state))
+        patch.setattr(saving.shutil, "disk_usage", lambda folder: SimpleNamespace(free=size + random_state))
         assert store.save(2, student.model, student.optimizer, {}) == store.find_newest_valid()
     leave()
 
@@ -446,7 +446,7 @@ def _expect_newest(
     logger.removeHandler(handler)
     messages = [record.getMessage() for record in records]
     for name in warned:
-        assert sum(f"Passing over checkpoint iter_{name}: " in text for text in messages) == 1, messages
+        assert sum(f"Skipping checkpoint iter_{name}: " in text for text in messages) == 1, messages
 
 
 def _expect_all_damaged(rank: int, world_size: int, folder: Path) -> None:
@@ -456,7 +456,7 @@ def _expect_all_damaged(rank: int, world_size: int, folder: Path) -> None:
     with student_groups(TP2) as groups:
         store = CheckpointStore(folder, hf_files=folder, groups=groups, dtype=torch.float32, device=CPU)
         with pytest.raises(
-            CheckpointError, match=r"none of the 5 .* is whole \(iter_0000008: .*checkpoint\.resume=false"
+            CheckpointError, match=r"none of the 5 .* is intact \(iter_0000008: .*checkpoint\.resume=false"
         ):
             store.find_newest_valid()
 

@@ -262,7 +262,7 @@ def _convert_on_a_bad_disk(
             read = converter.HfFolder.read
             patch.setattr(converter.HfFolder, "read", lambda self, *block: read(self, *block) + 1)
             convert, source = converter.convert_megatron_to_hf, checkpoint
-        with pytest.raises(CheckpointError, match="is the disk sound"):
+        with pytest.raises(CheckpointError, match="is the disk faulty"):
             convert(source, out, groups, no_kernels(), CPU)
 
 
@@ -275,8 +275,8 @@ def _convert_back(rank: int, world_size: int, jobs) -> None:
 
 
 def _load_and_export(rank: int, world_size: int, jobs, split: Split) -> None:
-    from megatron_gkd.checkpoint.hf import export_weights
     from megatron_gkd.config.hf_shapes import load_hf_shapes
+    from tests.support.export import export_weights
 
     with student_groups(split) as groups:
         for folder, is_checkpoint, out in jobs:

@@ -142,9 +142,9 @@ def _recompute(rank: int, world_size: int, config_file: Path) -> None:
 
 
 def _train(rank: int, world_size: int, config_file: Path) -> None:
-    from megatron_gkd.checkpoint.hf import export_weights
     from megatron_gkd.config import load_config
     from megatron_gkd.rollout.weight_sync import SharedWeightFile
+    from tests.support.export import export_weights
 
     config, folder = load_config(config_file), config_file.parent
     student, teacher, head_VH = build_parts(config, make_world(rank, world_size))

@@ -234,10 +234,10 @@ def _differentiate(rank: int, world_size: int, config_file: Path, adapters: Path
 
 def _train(rank: int, world_size: int, config_file: Path) -> None:
     """From the base: three updates, and everything that leaves the run afterwards."""
-    from megatron_gkd.checkpoint.hf import export_weights
-    from megatron_gkd.checkpoint.peft import export_adapters
+    from megatron_gkd.checkpoint.hf import export_adapters
     from megatron_gkd.parallel.collectives import gather_json
     from megatron_gkd.rollout.weight_sync import trainer_log_probs
+    from tests.support.export import export_weights
 
     allow_saving()
     _, (base, _, _) = _prepare(rank, world_size, config_file, "student.lora.rank=0")
@@ -320,7 +320,7 @@ def _continue(rank: int, world_size: int, config_file: Path) -> None:
 
 
 def _start_from(rank: int, world_size: int, config_file: Path) -> None:
-    from megatron_gkd.checkpoint.hf import export_weights
+    from tests.support.export import export_weights
 
     _, (student, _, _) = _prepare(rank, world_size, config_file)
     assert all(p.requires_grad for p in student.model.parameters())
@@ -330,7 +330,7 @@ def _start_from(rank: int, world_size: int, config_file: Path) -> None:
 
 
 def _export_peft(rank: int, world_size: int, checkpoint: Path, out: Path) -> None:
-    from megatron_gkd.checkpoint.peft import convert_megatron_to_peft
+    from megatron_gkd.checkpoint.hf import convert_megatron_to_peft
     from tests.support.on_ranks import no_kernels, student_groups
 
     with student_groups(DP) as groups:

@@ -82,8 +82,8 @@ def test_sgd_resumes_bit_for_bit(run_on_ranks, models, tmp_path, num_ranks, spli
 
 
 def _train(rank: int, world_size: int, config_file: Path) -> None:
-    from megatron_gkd.checkpoint.hf import export_weights
     from megatron_gkd.config import load_config
+    from tests.support.export import export_weights
 
     config = load_config(config_file)
     student, teacher, head_VH = build_parts(config, make_world(rank, world_size))

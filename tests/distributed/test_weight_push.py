@@ -130,7 +130,7 @@ def _pusher(file, student, *clients):
 
 
 def _push_after_updates(rank: int, world_size: int, config_file: Path) -> None:
-    from megatron_gkd.checkpoint.hf import export_weights
+    from tests.support.export import export_weights
 
     config, parts, client = _prepare(rank, world_size, config_file)
     student, folder = parts[0], config_file.parent

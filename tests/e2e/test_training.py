@@ -68,7 +68,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_p
     (damaged / "manifest.json").write_text("{")
     output = train(config, f"train.output_dir={parts}", *IN_BACKGROUND)
     assert f"Resuming from {parts}" in output
-    assert "Passing over checkpoint iter_0000099" in output
+    assert "Skipping checkpoint iter_0000099" in output
     assert not damaged.exists(), "or the next resume and retention would take it for the newest"
     assert (parts / "checkpoints" / "superseded" / "iter_0000099").is_dir()
     assert f"iter_{NUM_ITERATIONS:07d} in the background" in output

@@ -168,7 +168,7 @@ def test_room_for_channels_is_filled_and_not_exceeded(tiny_llama):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"num_layers": 5, "ffn": 64}, "5 layers were asked for; the teacher has 4"),
+        ({"num_layers": 5, "ffn": 64}, "5 layers were requested; the teacher has 4"),
         ({"num_layers": 4, "ffn": 63}, "63 FFN channels are not divisible by tp 2"),
         ({"num_layers": 4, "ffn": 160}, "more than 50.0%; keep fewer"),
     ],

@@ -14,8 +14,16 @@ def read(folder):
     return {file.name: file.read_text() for file in folder.iterdir()}
 
 
-def test_all_but_the_weights_is_copied(tmp_path):
-    model = write(tmp_path / "model", config__json="c", tokenizer__json="t", model__safetensors="w")
+def test_configuration_and_tokenizer_are_copied_and_nothing_else(tmp_path):
+    model = write(
+        tmp_path / "model",
+        config__json="c",
+        tokenizer__json="t",
+        model__safetensors="w",
+        modeling__py="code",
+        optimizer__pt="pickle",
+        notes__txt="private",
+    )
     copy_side_files(model, tmp_path / "out")
     replace_tokenizer(tmp_path / "out", None, None)
     assert read(tmp_path / "out") == {"config.json": "c", "tokenizer.json": "t"}
