@@ -147,12 +147,12 @@ MISTAKES = {
         lambda f: prompts(f, '{"prompt": "Hi"}\n'), [], ["prompts.jsonl:1", "without completion", "set gkd.lmbda: 1"],
     ),
     "no chat template": (without_chat_template, [], ["chat template", "data.chat_template"]),
-    "template that is no Jinja": (
-        lambda f: (f / "chat.jinja").write_text("{{"), ["data.chat_template=FOLDER/chat.jinja"], ["line 1", "no Jinja", "data.chat_template"],
+    "template that is not valid Jinja": (
+        lambda f: (f / "chat.jinja").write_text("{{"), ["data.chat_template=FOLDER/chat.jinja"], ["line 1", "not valid Jinja", "data.chat_template"],
     ),
     "unknown kind of tokenizer": (None, ["data.tokenizer_kind=tiktoken"], ["data.tokenizer_kind", "'tiktoken'", "sentencepiece"]),
     "no SentencePiece model": (
-        None, ["data.tokenizer=FOLDER/prompts.jsonl"], ["prompts.jsonl", "no usable SentencePiece model", "data.tokenizer_kind"],
+        None, ["data.tokenizer=FOLDER/prompts.jsonl"], ["prompts.jsonl", "not a usable SentencePiece model", "data.tokenizer_kind"],
     ),
     "columns of other names": (
         lambda f: prompts(f, '{"question": "Hi"}\n'), [], ["prompts.jsonl:1", "no prompt", "question", "set data.prompt_key"],
