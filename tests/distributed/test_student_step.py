@@ -185,7 +185,6 @@ def _batches():
 
 
 def _train(rank: int, world_size: int, config_files: list[Path]) -> None:
-    from megatron_gkd.checkpoint.hf import export_weights
     from megatron_gkd.config import check_world, load_config
     from tests.support.export import export_weights
 
