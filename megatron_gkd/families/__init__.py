@@ -1,4 +1,4 @@
-"""Supported model families, one small file each; imports no torch."""
+"""Supported model families, one file each. Torch-free, because config reads them."""
 
 from megatron_gkd.families.base import Family, WeightMap
 from megatron_gkd.families.llama import LLAMA
@@ -12,10 +12,10 @@ __all__ = ["FAMILIES", "Family", "WeightMap", "family_of"]
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a ``config.json``'s ``model_type``.
+    """Return the family for a ``model_type`` of config.json.
 
     Raises:
-        ValueError: No family of that name; the message lists the known ones.
+        ValueError: Unknown model type; the message lists the supported ones.
     """
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r}; supported: {', '.join(FAMILIES)}")

@@ -1,25 +1,26 @@
-"""What a model family has to say: its tensors in Megatron and in Hugging Face files, and how its config.json is read."""
+"""Description of a model family: parameter names in Megatron and Hugging Face, and config.json defaults."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+# How a parameter is sharded over tensor-parallel ranks:
+#   vocab       rows of the padded vocabulary
+#   qkv         rows, with q, k and v interleaved per query group
+#   gate_up     rows, with each shard's gate above its up
+#   row         input columns (Megatron's RowParallelLinear)
+#   replicated  not sharded
 Kind = Literal["vocab", "qkv", "gate_up", "row", "replicated"]
-"""How a Megatron parameter is cut.
-
-vocab: vocabulary rows, padded. qkv: q, k and v interleaved per query group, then rows. gate_up: gate over up on each
-shard, rows. row: input columns (Megatron's RowParallelLinear). replicated: whole on every tensor-parallel rank.
-"""
 
 
 @dataclass(frozen=True)
 class WeightMap:
-    """One Megatron parameter and its Hugging Face counterpart.
+    """A Megatron parameter and the Hugging Face tensors it consists of.
 
     Attributes:
-        megatron: Names of the parameter in Megatron, ``{i}`` for the layer index on the stage; the first with plain torch
-            layers, further ones with Transformer Engine, which moves norms into the linear layer behind them.
-        hf: Tensor names in the Hugging Face checkpoint, ``{i}`` for the global layer index.
-        kind: How it is cut.
+        megatron: Names in Megatron: with local layers first, then with Transformer Engine, which fuses norms into the
+            following linear layer. ``{i}`` is the layer index on the stage.
+        hf: Tensor names in the Hugging Face checkpoint; ``{i}`` is the global layer index.
+        kind: How the parameter is sharded.
     """
 
     megatron: tuple[str, ...]
@@ -29,16 +30,16 @@ class WeightMap:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family.
+    """Weights and configuration defaults of a model family.
 
     Attributes:
         model_type: ``model_type`` in config.json.
         layer: Weights of one transformer layer.
-        outer: Weights outside the layers, the head of an untied model included.
-        may_omit: Keys that config.json may lack: ``head_dim`` is then hidden_size / num_attention_heads, and
-            ``num_key_value_heads`` the number of attention heads.
-        default_sliding_window: Positions that attention reaches back over if config.json lacks ``sliding_window``;
-            ``None`` for a family that does not heed this key.
+        outer: Weights outside the layers, including the LM head of an untied model.
+        may_omit: Optional keys of config.json: ``head_dim`` defaults to hidden_size / num_attention_heads,
+            ``num_key_value_heads`` to num_attention_heads.
+        default_sliding_window: Attention window if config.json lacks ``sliding_window``; ``None`` for a family without
+            this key.
     """
 
     model_type: str
@@ -49,12 +50,12 @@ class Family:
 
     @property
     def has_qkv_bias(self) -> bool:
-        """Whether q, k and v have a bias."""
+        """Whether the q, k and v projections have a bias."""
         return self._has_layer_weight("linear_qkv.bias")
 
     @property
     def has_qk_norm(self) -> bool:
-        """Whether queries and keys are normalized head by head, before the rotary embedding."""
+        """Whether queries and keys are normalized per head, before the rotary embedding."""
         return self._has_layer_weight("q_layernorm.weight")
 
     def _has_layer_weight(self, name: str) -> bool:

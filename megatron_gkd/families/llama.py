@@ -1,4 +1,4 @@
-"""Llama 2 and 3, SmolLM2 and others with ``model_type: llama``."""
+"""Llama 2 and 3, SmolLM2 and other models with ``model_type: llama``."""
 
 from megatron_gkd.families.base import Family, WeightMap
 
@@ -34,4 +34,5 @@ LAYER = (
     ),
 )
 
+# Llama 2 7B and 13B have no num_key_value_heads: multi-head attention.
 LLAMA = Family("llama", LAYER, OUTER, may_omit=("head_dim", "num_key_value_heads"))

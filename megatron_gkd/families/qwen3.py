@@ -1,4 +1,4 @@
-"""Qwen3 (dense): Llama with a norm on the heads of q and k."""
+"""Qwen3 (dense): Llama with per-head norms on q and k."""
 
 from megatron_gkd.families.base import Family, WeightMap
 from megatron_gkd.families.llama import LAYER, OUTER
@@ -12,4 +12,5 @@ _QK_NORM = tuple(
     for x in "qk"
 )
 
+# head_dim is required: it is 128 whatever hidden_size / num_attention_heads is.
 QWEN3 = Family("qwen3", (*LAYER, *_QK_NORM), OUTER, may_omit=())

@@ -1,4 +1,4 @@
-"""What a finished run is judged by: distances on held-out text, and sample completions."""
+"""Evaluation of a finished run: KL on held-out completions."""
 
 from megatron_gkd.report.held_out import HeldOutKL, held_out_kl, load_completions, write_completions
 

@@ -1,1 +1,1 @@
-"""Who owns which slice of which weight, and how slices travel between layouts."""
+"""Weight layouts as slices of Hugging Face tensors, and their transfer to and from safetensors files."""

@@ -1,7 +1,7 @@
-"""Who owns which slice: every Megatron parameter of a rank as slices of Hugging Face tensors.
+"""The Megatron parameters of each rank as slices of Hugging Face tensors.
 
-One description serves both directions: reading a checkpoint into a rank (import) and writing a rank's weights out
-(export, push to the generation engine). Nothing is gathered; each slice is a view on both sides.
+One description serves import, export and the push to the inference engine. Nothing is gathered: a slice is a view of both
+tensors.
 """
 
 import math
@@ -12,16 +12,15 @@ from megatron_gkd.config.hf_shapes import HfShapes
 from megatron_gkd.families import WeightMap, family_of
 from megatron_gkd.parallel.groups import Layout
 
-Span = tuple[int, int]
-"""Half-open interval [start, stop)."""
+Span = tuple[int, int]  # [start, stop)
 
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """A model's weights in one layout.
+    """A model's shapes in one parallel layout.
 
     Attributes:
-        shapes: Sizes from config.json.
+        shapes: Shapes from config.json.
         layout: Tensor-, pipeline- and virtual-pipeline-parallel sizes.
         padded_vocab_size: Vocabulary rows after padding, over all tensor-parallel ranks.
     """
@@ -33,13 +32,13 @@ class WeightLayout:
 
 @dataclass(frozen=True)
 class Slice:
-    """The same block of numbers on both sides.
+    """One block of values in a Megatron parameter and in a Hugging Face tensor.
 
     Attributes:
-        parameter: Name of the Megatron parameter on its rank; behind the chunk's number if the rank has several.
-        local: One span per dimension of that parameter.
+        parameter: Name of the Megatron parameter, prefixed by the number of its model chunk if the rank has several.
+        local: One span per dimension of the parameter.
         tensor: Name of the Hugging Face tensor.
-        full: One span per dimension of that tensor.
+        full: One span per dimension of the tensor.
     """
 
     parameter: str
@@ -49,11 +48,11 @@ class Slice:
 
     @property
     def num_elements(self) -> int:
-        """Numbers in the block."""
+        """Number of values in the block."""
         return math.prod(stop - start for start, stop in self.full)
 
     def row_blocks(self, max_elements: int) -> Iterator["Slice"]:
-        """The same numbers in slices of whole rows, each of ``max_elements`` or fewer where a row is not longer."""
+        """Split into slices of whole rows with at most ``max_elements`` values (at least one row)."""
         num_rows = self.full[0][1] - self.full[0][0]
         height = max(1, max_elements * num_rows // max(self.num_elements, 1))
         for row in range(0, num_rows, height):
@@ -63,10 +62,11 @@ class Slice:
 
 
 def hf_tensors(shapes: HfShapes) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the Hugging Face checkpoint, in the order of the layers."""
+    """Return the shape of every tensor in the Hugging Face checkpoint by name, in layer order."""
     family = family_of(shapes.model_type)
     tensors: dict[str, tuple[int, ...]] = {}
     for weight in family.outer:
+        # Tied models have no lm_head.weight on disk.
         if not (shapes.tied and weight.hf == ("lm_head.weight",)):
             tensors.update(_hf_shapes_of(weight, shapes, 0))
     for layer in range(shapes.num_layers):
@@ -83,20 +83,21 @@ def rank_slices(
     parameters: Iterable[str] | None = None,
     is_headless: bool = False,
 ) -> list[Slice]:
-    """All slices that a rank needs to fill its parameters.
+    """Return all slices that fill a rank's parameters.
 
     Args:
         weights: The model and its layout.
-        tp_rank: Tensor-parallel index of the rank.
-        pp_rank: Pipeline stage of the rank.
-        parameters: Names of the rank's parameters, to tell plain torch from Transformer Engine names; ``None`` takes the
-            plain names.
+        tp_rank: Tensor-parallel rank.
+        pp_rank: Pipeline-parallel rank.
+        parameters: Names of the rank's parameters, which select between the names of local and Transformer Engine layers;
+            ``None``: local names.
         is_headless: The model has no output layer.
     """
     present = None if parameters is None else set(parameters)
     num_chunks = weights.layout.vpp_size
     slices: list[Slice] = []
     for chunk in range(num_chunks):
+        # Interleaved schedule: chunk c of pipeline rank p is stage c * pp_size + p of the model.
         prefix = f"{chunk}." if num_chunks > 1 else ""
         stage = _Stage(chunk * weights.layout.pp_size + pp_rank, weights.layout.pp_size * num_chunks, prefix)
         slices += _outer_slices(weights, stage, tp_rank, is_headless)
@@ -112,7 +113,8 @@ def parameters_made_of(
     pp_rank: int,
     parameters: Iterable[str] | None = None,
 ) -> set[str]:
-    """Names of a rank's parameters that hold nothing but parts of the Hugging Face tensors in ``tensors``."""
+    """Return the names of a rank's parameters that consist of the given tensors only."""
+    # A fused parameter counts only if all of its tensors are given.
     contents: dict[str, set[str]] = {}
     for piece in rank_slices(weights, tp_rank=tp_rank, pp_rank=pp_rank, parameters=parameters):
         contents.setdefault(piece.parameter, set()).add(piece.tensor)
@@ -122,10 +124,9 @@ def parameters_made_of(
 def owned_slices(
     weights: WeightLayout, *, tp_rank: int, pp_rank: int, parameters: Iterable[str] | None = None
 ) -> list[Slice]:
-    """The slices that a rank writes out, such that all ranks of one copy together write every number once.
+    """Return the slices that a rank writes; the ranks of one replica together write each value once.
 
-    A weight that every tensor-parallel rank holds is written by the first; the last stage's copy of a tied embedding
-    is left to the first stage.
+    Replicated weights are written by tensor-parallel rank 0, a tied embedding by the first stage.
     """
     needed = rank_slices(weights, tp_rank=tp_rank, pp_rank=pp_rank, parameters=parameters)
     family = family_of(weights.shapes.model_type)
@@ -134,14 +135,14 @@ def owned_slices(
     return [
         piece
         for piece in needed
-        if piece.num_elements
+        if piece.num_elements  # vocabulary padding only
         and not piece.parameter.endswith(tied_copy)
         and not (tp_rank > 0 and _template(piece.tensor) in replicated)
     ]
 
 
 def all_owned_slices(weights: WeightLayout) -> list[Slice]:
-    """What all ranks of one copy write together, for ``check_coverage``."""
+    """Return the slices written by all ranks of one replica, for ``check_coverage``."""
     return [
         piece
         for tp_rank in range(weights.layout.tp_size)
@@ -151,11 +152,12 @@ def all_owned_slices(weights: WeightLayout) -> list[Slice]:
 
 
 def check_coverage(shapes: HfShapes, pieces: Sequence[Slice]) -> None:
-    """Every number of every Hugging Face tensor occurs in exactly one slice.
+    """Check that the slices cover every Hugging Face tensor exactly once.
 
     Raises:
-        ValueError: Names the tensors that are missing, incomplete or written twice.
+        ValueError: Lists the tensors that are missing, incomplete or written twice.
     """
+    # SGLang accepts an incomplete push without an error and keeps the old values, so this is checked before the first.
     blocks: dict[str, list[tuple[Span, ...]]] = {name: [] for name in hf_tensors(shapes)}
     for piece in pieces:
         blocks.setdefault(piece.tensor, []).append(piece.full)
@@ -163,9 +165,9 @@ def check_coverage(shapes: HfShapes, pieces: Sequence[Slice]) -> None:
     for name, shape in hf_tensors(shapes).items():
         covered = sum(math.prod(stop - start for start, stop in block) for block in blocks[name])
         if covered != math.prod(shape):
-            wrong.append(f"{name}: {covered} of {math.prod(shape)} numbers")
-        elif _overlap(blocks[name]):
-            wrong.append(f"{name}: some numbers twice")
+            wrong.append(f"{name}: {covered} of {math.prod(shape)} values")
+        elif _overlap(blocks[name]):  # the right number of values may hide a gap and an overlap of equal size
+            wrong.append(f"{name}: some values twice")
     wrong += [f"{name}: not a tensor of this model" for name in blocks.keys() - hf_tensors(shapes).keys()]
     if wrong:
         raise ValueError("the slices do not cover the model exactly once: " + "; ".join(wrong[:5]))
@@ -173,12 +175,12 @@ def check_coverage(shapes: HfShapes, pieces: Sequence[Slice]) -> None:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A run of consecutive layers on one rank.
+    """A block of consecutive layers on one rank.
 
     Attributes:
-        index: Place in the order of the model.
-        count: Number of stages of all ranks together.
-        prefix: What its parameters' names start with.
+        index: Position in the model.
+        count: Number of stages over all ranks, virtual ones included.
+        prefix: Prefix of its parameters' names.
     """
 
     index: int
@@ -196,7 +198,8 @@ def _outer_slices(weights: WeightLayout, stage: _Stage, tp_rank: int, is_headles
         if name.startswith("output_layer"):
             if is_headless or (shapes.tied and is_first):
                 continue
-            hf = ("model.embed_tokens.weight",) if shapes.tied else hf  # a tied last stage keeps its own copy
+            # With pipeline parallelism the last stage of a tied model has its own copy of the embedding.
+            hf = ("model.embed_tokens.weight",) if shapes.tied else hf
         yield from _cut(stage.prefix + name, hf, weight.kind, weights, tp_rank)
 
 
@@ -229,7 +232,7 @@ def _overlap(blocks: list[tuple[Span, ...]]) -> bool:
         all(a < d and c < b for (a, b), (c, d) in zip(first, second, strict=True))
         for i, first in enumerate(ordered)
         for second in ordered[i + 1 :]
-        if second[0][0] < first[0][1]
+        if second[0][0] < first[0][1]  # sorted by the first row: later blocks cannot overlap either
     )
 
 
@@ -238,7 +241,7 @@ def _hf_shapes_of(weight: WeightMap, shapes: HfShapes, layer: int) -> dict[str, 
 
 
 def _hf_shape(name: str, shapes: HfShapes) -> tuple[int, ...]:
-    """Shape of a Hugging Face tensor, by the last two parts of its name."""
+    """Return the shape of a Hugging Face tensor from the last two parts of its name."""
     h, ffn, d = shapes.hidden_size, shapes.ffn_hidden_size, shapes.head_dim
     q, kv = shapes.num_attention_heads * d, shapes.num_query_groups * d
     part, kind = name.split(".")[-2:]
@@ -255,7 +258,7 @@ def _hf_shape(name: str, shapes: HfShapes) -> tuple[int, ...]:
         "q_norm": (d,),
         "k_norm": (d,),
     }
-    return by_name.get(part, (h,))
+    return by_name.get(part, (h,))  # norms
 
 
 def _cut(parameter: str, hf: tuple[str, ...], kind: str, weights: WeightLayout, tp_rank: int) -> list[Slice]:
@@ -273,6 +276,7 @@ def _cut(parameter: str, hf: tuple[str, ...], kind: str, weights: WeightLayout, 
             start = tp_rank * width
             return [Slice(parameter, ((0, rows), (0, width)), hf[0], ((0, rows), (start, start + width)))]
         case "gate_up":
+            # Every rank holds cat(its rows of gate, its rows of up), not a contiguous block of cat(gate, up).
             rows, columns = full[0]
             height = rows // tp_size
             span, rest = (tp_rank * height, (tp_rank + 1) * height), (0, columns)
@@ -288,12 +292,14 @@ def _cut(parameter: str, hf: tuple[str, ...], kind: str, weights: WeightLayout, 
 def _cut_vocab(parameter: str, tensor: str, full: tuple[int, ...], height: int, tp_rank: int) -> list[Slice]:
     vocab, hidden = full
     start, stop = tp_rank * height, min((tp_rank + 1) * height, vocab)
-    stop = max(start, stop)  # a rank that holds only padding gets a slice without rows
+    # A slice without rows for a rank that holds only padding: its parameter is then known, and stays as initialized.
+    stop = max(start, stop)
     return [Slice(parameter, ((0, stop - start), (0, hidden)), tensor, ((start, stop), (0, hidden)))]
 
 
 def _cut_qkv(parameter: str, hf, full, shapes: HfShapes, tp_size: int, tp_rank: int) -> list[Slice]:
-    # Megatron's rows, per query group: the group's q heads, then k, then v
+    # linear_qkv's rows are interleaved per query group: the group's query heads, then its key, then its value. The same
+    # holds for the bias.
     d = shapes.head_dim
     heights = [shapes.num_attention_heads // shapes.num_query_groups * d, d, d]
     num_groups = shapes.num_query_groups // tp_size

@@ -1,7 +1,7 @@
-"""Move slices between a rank's parameters and safetensors files, without gathering anything.
+"""Transfer of slices between a rank's parameters and safetensors files, without gathering.
 
-The writer lays the file out first (one rank), then every rank writes its own slices into the mapped file. The format is
-that of https://github.com/huggingface/safetensors: eight bytes of header length, a JSON header, the data.
+One rank creates the file, then every rank writes its slices into the mapped file. The safetensors format is 8 bytes of header
+length, a JSON header and the data (https://github.com/huggingface/safetensors).
 """
 
 import json
@@ -19,7 +19,7 @@ from megatron_gkd.reshard.layout import Slice
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _ALIGNMENT = 64
-_BLOCK_ELEMENTS = 1 << 21
+_BLOCK_ELEMENTS = 1 << 21  # 8 MiB of fp32
 
 
 class HfFolder:
@@ -28,35 +28,35 @@ class HfFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self._file_of = _index(folder)
-        self._open: dict[Path, Any] = {}
+        self._open: dict[
+            Path, Any
+        ] = {}  # opened on first use: a rank of a large model needs few of the files
 
     @property
     def names(self) -> set[str]:
         """Names of all tensors."""
         return set(self._file_of)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return tuple(self._handle(name).get_slice(name).get_shape())
-
     def dtype(self, name: str) -> torch.dtype:
-        """Number format of a tensor.
+        """Return the data type of a tensor.
 
         Raises:
-            ValueError: Not a floating-point format that a model can be trained from.
+            ValueError: Not a supported floating-point type, such as a quantized format.
         """
-        kind = self._handle(name).get_slice(name).get_dtype()
+        dtype_name = self._handle(name).get_slice(name).get_dtype()
         known = {text: dtype for dtype, text in _DTYPE_NAMES.items()}
-        if kind not in known:
-            raise ValueError(f"{name} in {self.folder} has format {kind}; supported: {', '.join(known)}")
-        return known[kind]
+        if dtype_name not in known:
+            raise ValueError(
+                f"{name} in {self.folder} has data type {dtype_name}; supported: {', '.join(known)}"
+            )
+        return known[dtype_name]
 
     def read(self, name: str, spans: Sequence[tuple[int, int]]) -> Tensor:
-        """One block of a tensor; only its bytes are read."""
+        """Read one block of a tensor, and no other bytes."""
         return self._handle(name).get_slice(name)[tuple(slice(*span) for span in spans)]
 
     def mapped(self, name: str) -> Tensor:
-        """A whole tensor as the file's own pages: it takes memory only while it is looked at. Not to be changed."""
+        """Return a tensor backed by the mapped file. Must not be modified."""
         return self._handle(name).get_tensor(name)
 
     def _handle(self, name: str) -> Any:
@@ -69,10 +69,10 @@ class HfFolder:
 
 
 def read_slices(parameters: Mapping[str, Tensor], source: HfFolder, slices: Sequence[Slice]) -> None:
-    """Fill a rank's parameters from a Hugging Face folder, converted to each parameter's type.
+    """Fill a rank's parameters from a Hugging Face folder, cast to their data types.
 
     Raises:
-        ValueError: A parameter gets no slice, or the folder lacks a tensor.
+        ValueError: A parameter has no slice, or the folder lacks a tensor.
     """
     if missing := parameters.keys() - {piece.parameter for piece in slices}:
         raise ValueError(f"no weights known for the parameters {sorted(missing)}")
@@ -85,7 +85,7 @@ def read_slices(parameters: Mapping[str, Tensor], source: HfFolder, slices: Sequ
 def find_difference(
     parameters: Mapping[str, Tensor], folder: HfFolder, slices: Sequence[Slice]
 ) -> str | None:
-    """Name of the first tensor in ``folder`` that is not bit for bit what the parameters hold, or ``None``."""
+    """Return the first tensor in ``folder`` that is not bit-equal to the parameters, or ``None``."""
     for piece in _blocks(slices):
         own = parameters[piece.parameter].data[_index_of(piece.local)]
         other = folder.read(piece.tensor, piece.full)
@@ -95,16 +95,17 @@ def find_difference(
 
 
 def _blocks(slices: Sequence[Slice]) -> Iterator[Slice]:
-    """The slices in blocks of a few MB, so that reading never doubles a large tensor."""
+    # Blocks of a few MB: reading a large tensor at once would double its memory.
     return (block for piece in slices if piece.num_elements for block in piece.row_blocks(_BLOCK_ELEMENTS))
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.cpu().contiguous().view(torch.uint8)  # as numbers, NaN would differ from itself
+    # Compared as bytes: NaN differs from itself, and -0 equals 0.
+    return tensor.cpu().contiguous().view(torch.uint8)
 
 
 class MappedSafetensors:
-    """A safetensors file of fixed layout that several processes fill in place."""
+    """A safetensors file with a fixed header that several processes fill in place."""
 
     def __init__(self, tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype):
         self._dtype, self._shapes = dtype, dict(tensors)
@@ -121,36 +122,38 @@ class MappedSafetensors:
             self._offsets[name] = position
             position += size
         text = json.dumps(header, separators=(",", ":")).encode()
-        # so that every tensor starts at a multiple of its item size
+        # Data starts at a multiple of 64, so that tensors are aligned to their item size: view(dtype) requires it.
         text += b" " * (-(len(text) + 8) % _ALIGNMENT)
         self._header = len(text).to_bytes(8, "little") + text
         self.num_data_bytes = position
         self._start = len(self._header)
 
     def create(self, file: Path) -> None:
-        """Lay the file out with undefined data; one process does this before any writes.
+        """Create the file with undefined data. Called by one process before any ``write``.
 
         Raises:
-            OSError: No space. The space is reserved here, so that no later write can fail half-way.
+            OSError: Not enough space on the device.
         """
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             os.ftruncate(descriptor, self._start + self.num_data_bytes)
+            # ftruncate makes a sparse file; on a full tmpfs, a write into its mapping would end in SIGBUS.
             os.posix_fallocate(descriptor, 0, self._start + self.num_data_bytes)
             os.pwrite(descriptor, self._header, 0)
         finally:
             os.close(descriptor)
 
     def write(self, file: Path, parameters: Mapping[str, Tensor], slices: Sequence[Slice]) -> int:
-        """Copy this rank's slices into the file; returns the number of bytes written."""
+        """Copy this rank's slices into the file; return the number of bytes written."""
         mapped = torch.from_file(
             str(file), shared=True, size=self._start + self.num_data_bytes, dtype=torch.uint8
         )
         num_bytes = 0
         with torch.no_grad():
             for name, pieces in groupby(slices, key=lambda piece: piece.parameter):
-                source = parameters[name].data  # asked for once: it may be made at this moment
+                # Once per parameter: with adapters, the mapping computes the merged weight on access.
+                source = parameters[name].data
                 for piece in pieces:
                     target = self._tensor(mapped, piece.tensor)
                     target[_index_of(piece.full)] = source[_index_of(piece.local)].to(self._dtype)

