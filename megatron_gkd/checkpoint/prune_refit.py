@@ -69,7 +69,7 @@ def _fit_layer(
     activations, outputs = zip(*(run_layer(teacher, layer, x) for x in hidden), strict=True)
     down_HF = layer.mlp.down_proj.weight
     a_NF, target_NH = text.pack(activations, text.is_real), text.pack(targets, text.is_real)
-    # Attention and the skip connection do not depend on D: what the FFN does not add to the output.
+    # The output of the layer without its FFN, which is the part that does not depend on D.
     residual_NH = text.pack(outputs, text.is_real) - a_NF @ down_HF.T
     moments_FF = (a_NF.T @ a_NF).double()  # float64: inverted below
     ridge = RIDGE * moments_FF.diagonal().mean()

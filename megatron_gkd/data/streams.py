@@ -69,14 +69,9 @@ class PromptLoader(PromptStream):
         self._prompts = prompts
         self._seed = seed
         self._shuffle = shuffle
-        self._epoch = 0
+        self._epoch = 0  # completed epochs
         self._position = 0  # prompts taken in this epoch
         self._order = self._order_of(0)
-
-    @property
-    def epoch(self) -> int:
-        """Completed epochs."""
-        return self._epoch
 
     @property
     @override

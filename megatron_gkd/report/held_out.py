@@ -156,7 +156,7 @@ def held_out_kl(
 
 
 def _final_hidden(folder: str | Path, completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
-    """Return the [T, H] hidden states that predict completion tokens, and the [V, H] LM head."""
+    """Return hidden states [T, H] that predict completion tokens, and the LM head [V, H]."""
     model = _load(folder)
     head: Any = model.get_output_embeddings()
     head_VH = head.weight

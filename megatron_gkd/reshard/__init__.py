@@ -1,1 +1,1 @@
-"""Weight layouts as slices of Hugging Face tensors, and their transfer to and from safetensors files."""
+"""Weight layouts as slices of Hugging Face tensors, and transfer of slices to files."""

@@ -62,7 +62,7 @@ class Slice:
 
 
 def hf_tensors(shapes: HfShapes) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in the Hugging Face checkpoint by name, in layer order."""
+    """Return all Hugging Face tensors, name to shape, in layer order."""
     family = family_of(shapes.model_type)
     tensors: dict[str, tuple[int, ...]] = {}
     for weight in family.outer:
@@ -124,9 +124,9 @@ def parameters_made_of(
 def owned_slices(
     weights: WeightLayout, *, tp_rank: int, pp_rank: int, parameters: Iterable[str] | None = None
 ) -> list[Slice]:
-    """Return the slices that a rank writes; the ranks of one replica together write each value once.
+    """Return the slices that a rank writes.
 
-    Replicated weights are written by tensor-parallel rank 0, a tied embedding by the first stage.
+    The ranks of one replica together write every value once. Replicated weights are written by tensor-parallel rank 0, a tied embedding by the first stage.
     """
     needed = rank_slices(weights, tp_rank=tp_rank, pp_rank=pp_rank, parameters=parameters)
     family = family_of(weights.shapes.model_type)
@@ -241,7 +241,7 @@ def _hf_shapes_of(weight: WeightMap, shapes: HfShapes, layer: int) -> dict[str, 
 
 
 def _hf_shape(name: str, shapes: HfShapes) -> tuple[int, ...]:
-    """Return the shape of a Hugging Face tensor from the last two parts of its name."""
+    """Return a Hugging Face tensor's shape, from the last two parts of its name."""
     h, ffn, d = shapes.hidden_size, shapes.ffn_hidden_size, shapes.head_dim
     q, kv = shapes.num_attention_heads * d, shapes.num_query_groups * d
     part, kind = name.split(".")[-2:]

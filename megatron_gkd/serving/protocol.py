@@ -77,7 +77,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     Raises:
         EngineRequestInvalid: Names the prompt and the id.
     """
-    # sglang 0.5.23 does not validate either: the scheduler of the whole server dies with an IndexError.
+    # sglang 0.5.23 validates neither, and both kill the server (an id out of range by an IndexError in its scheduler).
     for index, ids in enumerate(prompts):
         if len(ids) == 0:
             raise EngineRequestInvalid(f"prompt {index} is empty; it would kill the server")
