@@ -79,7 +79,7 @@ def stream_weights(model: LocalModel, groups: ModelGroups, weights: Path) -> Ite
     """Yield (name, weight) with adapters merged, one weight in memory at a time.
 
     Args:
-        model: A blank model on one rank, with the checkpoint's adapters attached. Its weights are emptied.
+        model: An uninitialized model on one rank, with the checkpoint's adapters attached. Its weights are emptied.
         groups: Process groups of the model.
         weights: Folder written by dist_checkpointing, verified against its manifest.
     """

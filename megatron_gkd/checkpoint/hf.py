@@ -209,7 +209,6 @@ def _build_model(
     *,
     is_uninitialized: bool = False,
 ) -> LocalModel:
-
     return build_gpt(
         shapes,
         groups,

@@ -136,7 +136,7 @@ def test_mixed_number_formats_are_refused(tmp_path):
 
     folder = write_tiny_model(tmp_path / "mixed", num_layers=1)
     _change_weights(folder, lambda w: {**w, "model.norm.weight": w["model.norm.weight"].bfloat16()})
-    with pytest.raises(ValueError, match=r"bfloat16.*float32.*save it in one format"):
+    with pytest.raises(ValueError, match=r"bfloat16.*float32.*save it in one data type"):
         convert_hf_to_megatron(folder, tmp_path / "out", None, None, CPU)
     assert not (tmp_path / "out").exists()
 

@@ -6,7 +6,7 @@ import torch
 
 from megatron_gkd.checkpoint.hf import write_together
 from megatron_gkd.config.hf_shapes import HfShapes
-from megatron_gkd.models.chunks import LocalModel
+from megatron_gkd.models.gpt import LocalModel
 from megatron_gkd.models.lora import merged_parameters
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.reshard.layout import (
