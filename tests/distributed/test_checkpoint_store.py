@@ -19,9 +19,8 @@ import torch
 from tests.support.on_ranks import DP, PP2, PP2_VPP2, TP2, TP2_PP2, Split, allow_saving, student_groups
 from tests.support.run_config import write_config
 from tests.support.run_parts import LENGTHS, build_parts, copy_of, leave, make_batch, make_world, update
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import FOUR_LAYERS, write_tiny_model
 
-SMALL = {"hidden_size": 32, "num_layers": 4, "ffn": 64}
 OPTIM = {"lr": 2e-3, "decay_style": "cosine", "warmup_iters": 2, "weight_decay": 0.1}
 OPTIMIZERS = {"plain": OPTIM, "distributed": OPTIM | {"use_distributed_optimizer": True}}
 CHANGED = {
@@ -38,8 +37,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("store")
-    student = write_tiny_model(folder / "student", seed=1, tied=True, **SMALL)
-    return student, write_tiny_model(folder / "teacher", seed=2, tied=False, **SMALL)
+    student = write_tiny_model(folder / "student", seed=1, tied=True, **FOUR_LAYERS)
+    return student, write_tiny_model(folder / "teacher", seed=2, tied=False, **FOUR_LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ def test_a_checkpoint_resumes_in_another_layout_on_another_number_of_ranks(
         run_on_ranks(num_ranks, work, write_config(tmp_path, *models, split=split, **sections))
 
 
-def test_both_optimizers_save_the_same_moments_and_another_layout_loads_them_bit_equal(
+def test_both_optimizers_save_equal_moments_that_another_layout_loads_bit_equal(
     run_on_ranks, models, tmp_path
 ):
     for name, optim in OPTIMIZERS.items():
@@ -101,7 +100,7 @@ def test_a_run_whose_updates_were_all_skipped_is_saved_and_resumed(run_on_ranks,
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
-def test_settings_of_the_optimizer_come_from_the_configuration_and_not_from_the_checkpoint(
+def test_optimizer_settings_come_from_the_configuration_not_from_the_checkpoint(
     run_on_ranks, models, tmp_path, optim
 ):
     config = write_config(tmp_path, *models, split=DP, optim=OPTIMIZERS[optim])

@@ -20,9 +20,8 @@ from tests.support.run_parts import (
     make_world,
     update,
 )
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import SMALL, write_tiny_model
 
-SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
 OPTIM = {"lr": 2e-3, "min_lr": 1e-4, "decay_style": "cosine", "warmup_iters": 2, "weight_decay": 0.1}
 FREEZE = [
     "model.embed_tokens.weight",

@@ -27,9 +27,9 @@ from tests.support.run_parts import (
     make_world,
     update,
 )
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import FOUR_LAYERS, write_tiny_model
 
-SMALL = {"hidden_size": 32, "num_layers": 4, "ffn": 64, "gain": 1 / 3, "seed": 1}
+SIZES = {**FOUR_LAYERS, "gain": 1 / 3, "seed": 1}
 MODELS = {
     "tied": {"family": "llama", "tied": True},
     "untied": {"family": "qwen3", "tied": False, "vocab_size": 263},
@@ -129,8 +129,8 @@ def models(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     folder = tmp_path_factory.mktemp("layouts")
     pairs = {}
     for name, options in MODELS.items():
-        student = write_tiny_model(folder / name, **SMALL, **options)
-        other = {**SMALL, **options, "hidden_size": 48, "tied": not options["tied"], "seed": 11}
+        student = write_tiny_model(folder / name, **SIZES, **options)
+        other = {**SIZES, **options, "hidden_size": 48, "tied": not options["tied"], "seed": 11}
         pairs[name] = student, write_tiny_model(folder / f"{name}_teacher", **other)
     return pairs
 

@@ -8,7 +8,7 @@ from tests.support.run_config import write_config
 from tests.support.run_parts import make_world
 
 
-def test_a_streamed_row_that_cannot_be_used_ends_the_run_with_a_checkpoint_before_its_iteration(
+def test_an_unusable_streamed_row_ends_the_run_with_a_checkpoint_before_it(
     run_on_ranks, tiny_llama, tmp_path
 ):
     config = write_config(tmp_path, tiny_llama, tiny_llama, data={"streaming": True, "shuffle": False})

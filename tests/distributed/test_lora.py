@@ -25,9 +25,8 @@ from tests.support.run_parts import (
     make_world,
     update,
 )
-from tests.support.tiny_models import EOS_ID, write_tiny_model
+from tests.support.tiny_models import EOS_ID, SMALL, write_tiny_model
 
-SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
 OPTIM = {"lr": 1e-2, "warmup_iters": 2, "decay_style": "cosine", "weight_decay": 0.1, "clip_grad": 0.0}
 LORA = {"rank": 3, "alpha": 6.0}
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

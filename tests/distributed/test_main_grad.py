@@ -14,9 +14,9 @@ from tests.support.counting import counted
 from tests.support.on_ranks import DP, PP2, PP2_VPP2, TP2, TP2_SP, Split
 from tests.support.run_config import write_config
 from tests.support.run_parts import build_parts, leave, make_batch, make_world, update
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import FOUR_LAYERS, write_tiny_model
 
-SMALL = {"hidden_size": 32, "num_layers": 4, "ffn": 64, "gain": 1 / 3}
+SIZES = {**FOUR_LAYERS, "gain": 1 / 3}
 LENGTHS = ((4, 5), (2, 9), (6, 0), (7, 4))  # a micro-batch each; the third has no row of the loss
 OVERLAPPED = {"overlap_grad_reduce": True, "use_distributed_optimizer": True}
 CASES: list[tuple[Split, dict[str, Any]]] = [
@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[bool, Path]:
     folder = tmp_path_factory.mktemp("main_grad")
-    return {tied: write_tiny_model(folder / str(tied), tied=tied, seed=1, **SMALL) for tied in (True, False)}
+    return {tied: write_tiny_model(folder / str(tied), tied=tied, seed=1, **SIZES) for tied in (True, False)}
 
 
 @pytest.mark.parametrize(("split", "optim"), CASES, ids=str)

@@ -19,9 +19,8 @@ from tests.support.run_parts import (
     make_world,
     update,
 )
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import SMALL, write_tiny_model
 
-SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
 OPTIM = {
     "optimizer": "sgd",
     "lr": 0.05,

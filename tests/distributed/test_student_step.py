@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_PP2_SP, TP2_SP, Split
 from tests.support.run_config import write_config
 from tests.support.run_parts import LENGTHS, build_parts, copy_of, leave, make_batch, make_world, update
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import SMALL, write_tiny_model
 
-SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
 OPTIM = {
     "lr": 2e-3,
     "min_lr": 1e-4,

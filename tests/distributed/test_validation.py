@@ -16,9 +16,8 @@ from megatron_gkd.data.sample import Batch, Prompt
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_SP
 from tests.support.run_config import write_config
 from tests.support.run_parts import build_parts, copy_of, leave, make_world, update
-from tests.support.tiny_models import PAD_ID, write_tiny_model
+from tests.support.tiny_models import PAD_ID, SMALL, write_tiny_model
 
-SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
 LOSS = {"divergence": "jsd", "beta": 0.3, "temperature": 1.5, "tokens_per_chunk": 4}
 LAYOUTS = {2: [(TP2, PP2), (PP2, TP2_SP), (DP, TP2), (TP2_SP, DP)], 4: [(TP2_PP2, PP2), (TP2, DP)]}
 

@@ -17,9 +17,8 @@ from megatron_gkd.serving.errors import EngineError, StaleWeights
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_SP, Split
 from tests.support.run_config import write_config
 from tests.support.run_parts import build_parts, leave, make_batch, make_world, update
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import SMALL, write_tiny_model
 
-SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
 LENGTHS = ((4, 5), (2, 9), (6, 3), (3, 1))
 LAYOUTS = [(2, TP2), (2, PP2), (2, DP), (2, TP2_SP), (4, TP2_PP2)]
 PROBE = [[5, 6, 7, 8, 9], [100, 101]]

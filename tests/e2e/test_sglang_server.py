@@ -165,9 +165,7 @@ def test_an_update_without_a_layer_is_a_success_to_the_server(client, sglang_mod
     assert largest_difference(scores, hf_log_probs(sglang_model, SEQUENCES)) > 1e-2
 
 
-def test_two_ranks_with_pushed_weights_score_alike_and_when_killed_are_missed_within_five_seconds(
-    sglang_model, tmp_path
-):
+def test_two_ranks_score_pushed_weights_and_their_death_is_seen_in_five_seconds(sglang_model, tmp_path):
     settings = ServerSettings(
         sglang_model,
         4000,

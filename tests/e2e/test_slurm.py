@@ -79,9 +79,7 @@ def wait_for_end(cluster: SlurmCluster, job: int, run: Path) -> str:
     return state()
 
 
-def test_a_job_makes_room_is_requeued_and_resumes_with_the_code_it_was_submitted_with(
-    cluster, code, tmp_path
-):
+def test_a_job_makes_room_is_requeued_and_resumes_with_its_submitted_code(cluster, code, tmp_path):
     config = write_run_config(tmp_path, train={"train_iters": 100_000})
     run = tmp_path / "run"
     runtime = ["--config", str(ROOT / "configs" / "runtime_env.yaml")]
@@ -123,9 +121,7 @@ def check_logs(run: Path, job: int, resumed_at: int) -> None:
     assert "warning" not in own
 
 
-def test_a_configuration_that_does_not_fit_the_nodes_is_refused_before_any_rank_starts(
-    cluster, code, tmp_path
-):
+def test_a_configuration_that_does_not_fit_the_nodes_is_refused_before_any_rank(cluster, code, tmp_path):
     config, run = write_run_config(tmp_path), tmp_path / "run"  # for two ranks
     job = submit(cluster, code, "one_node.sbatch", ONE_GPU, "--config", str(config))
     assert wait_for_end(cluster, job, run) == "FAILED"

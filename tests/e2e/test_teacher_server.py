@@ -179,9 +179,7 @@ def relay(sglang_server: ServerProcess) -> Iterator[Relay]:
 
 
 @pytest.mark.slow
-def test_a_student_on_two_ranks_learns_from_one_server_and_writes_on_another_until_the_teacher_is_gone(
-    relay, sglang_model, tmp_path
-):
+def test_two_ranks_train_on_a_teacher_server_and_stop_when_it_is_gone(relay, sglang_model, tmp_path):
     config = write_run_config(
         tmp_path,
         rollout={"kind": "sglang", "start_timeout_s": 240, "num_threads": 1},

@@ -25,6 +25,12 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+SMALL = {"hidden_size": 32, "num_layers": 2, "ffn": 64}
+"""Sizes of a model that a distributed test trains in every layout."""
+
+FOUR_LAYERS = {**SMALL, "num_layers": 4}
+"""For layouts of up to four pipeline stages."""
+
 LLAMA_3_ROPE = {  # short enough that the scaling matters for the sequences of the tests
     "rope_type": "llama3",
     "rope_theta": 10000.0,

@@ -29,7 +29,7 @@ def test_configuration_and_tokenizer_are_copied_and_nothing_else(tmp_path):
     assert read(tmp_path / "out") == {"config.json": "c", "tokenizer.json": "t"}
 
 
-def test_another_tokenizer_takes_the_place_of_the_models_own_with_nothing_left_of_it(tmp_path):
+def test_another_tokenizer_replaces_the_models_own_with_nothing_left_of_it(tmp_path):
     model = write(
         tmp_path / "model", config__json="c", tokenizer__json="t", merges__txt="m", chat_template__jinja="j"
     )

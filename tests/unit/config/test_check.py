@@ -104,9 +104,7 @@ ESTIMATOR = ["loss={support: token, divergence: reverse_kl}", "gkd.lmbda=1"]
         ),
     ],
 )
-def test_an_estimate_from_tokens_that_are_not_drawn_from_the_students_distribution_is_refused(
-    config_file, tree, overrides, message
-):
+def test_an_estimate_from_tokens_not_drawn_from_the_student_is_refused(config_file, tree, overrides, message):
     overrides = [override.replace("EXISTS", tree["data"]["prompts"]) for override in overrides]
     load_config(config_file, ESTIMATOR)
     load_config(config_file, overrides)
@@ -151,9 +149,7 @@ def test_sequences_beyond_the_sliding_window_are_refused(config_file, tmp_path):
         load_config(config_file, ["data.max_prompt_length=45"])
 
 
-def test_the_teachers_own_longer_prompts_count_for_its_sliding_window_and_not_for_the_students(
-    config_file, tmp_path
-):
+def test_longer_teacher_prompts_count_for_its_sliding_window_not_the_students(config_file, tmp_path):
     lengths = ["data.max_prompt_length=44", "data.max_teacher_prompt_length=45"]
     write_hf_config(tmp_path / "student", model_type="mistral", sliding_window=300)
     load_config(config_file, lengths)

@@ -198,7 +198,7 @@ def test_the_written_tree_is_read_back_unchanged(config_file, tmp_path, kind):
     assert load_config(written).to_yaml() == config.to_yaml()
 
 
-def test_the_resolved_configuration_of_a_run_with_external_engines_is_accepted_with_all_its_keys(config_file):
+def test_the_resolved_configuration_with_external_engines_is_accepted_whole(config_file):
     config = load_config(config_file, ["rollout={placement: external, urls: ['http://a:1']}"])
     assert "mem_fraction_static: 0.4" in config.to_yaml()
     config_file.write_text(config.to_yaml())

@@ -21,7 +21,7 @@ def counted(prompt) -> list[int]:
     return [i for i, counts in zip(prompt.ids, prompt.loss_mask, strict=True) if counts]
 
 
-def test_the_last_assistant_turn_is_the_completion_and_earlier_ones_count_with_their_end(make_tokenizer):
+def test_the_last_assistant_turn_is_the_completion_and_earlier_ones_keep_their_end(make_tokenizer):
     tokenizer = make_tokenizer(generation_eos=[EOT])
     prompt = encode(tokenizer, {"messages": chat("w1", "w2 w3", "w4", "w5")})
     assert prompt.ids == (
@@ -110,7 +110,7 @@ def test_a_prompt_comes_before_a_conversation_and_the_ignored_key_is_told(tokeni
     assert encoder.unused_keys({"messages": chat("w2", "w3"), "completion": None}) == set()
 
 
-def test_the_teachers_own_prompt_is_encoded_like_a_prompt_and_leaves_earlier_turns_out(tokenizer):
+def test_the_teachers_prompt_is_encoded_as_a_prompt_and_omits_earlier_turns(tokenizer):
     row = {"messages": chat("w1", "w2", "w3", "w4"), "teacher_prompt": chat("w5")}
     prompt = encode(tokenizer, row)
     assert prompt.teacher_ids == (BOS, USER, W0 + 5, EOT, ASSISTANT)

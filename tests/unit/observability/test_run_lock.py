@@ -56,7 +56,7 @@ def other_run(tmp_path):
         yield process
 
 
-def test_a_second_run_on_this_machine_is_refused_at_once_and_told_whose_the_folder_is(tmp_path, other_run):
+def test_a_second_run_on_this_machine_is_refused_at_once_naming_the_first(tmp_path, other_run):
     with pytest.raises(FolderInUseError) as refusal:
         RunLock(tmp_path / "run").acquire(lease_s=1e6)
     message = str(refusal.value)

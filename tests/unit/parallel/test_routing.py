@@ -23,7 +23,7 @@ def layout_pairs(draw) -> tuple[Layout, Layout, int]:
 
 @settings(deadline=None, max_examples=300)
 @given(layout_pairs())
-def test_each_last_stage_rank_of_the_student_gets_its_sequences_exactly_once_in_order(pair):
+def test_each_last_stage_student_rank_gets_its_sequences_once_and_in_order(pair):
     teacher, student, num_sequences = pair
     plan = plan_transfers(teacher, student, num_sequences)
     arriving: dict[int, list[int]] = {}

@@ -27,7 +27,7 @@ def generate(client, sampling=SAMPLING, **more):
     return client.generate([[5, 6], [7]], seeds=[10, 11], sampling=sampling, **more)
 
 
-def test_one_request_carries_all_prompts_with_their_own_seeds_and_all_sampling_settings(faulty, make_client):
+def test_one_request_carries_all_prompts_with_their_seeds_and_sampling_settings(faulty, make_client):
     faulty.scripts["/generate"] = [(200, [answer([1, 1, 1]), answer([4, 2], reason=STOPPED)])]
     sampling = Sampling(temperature=0.7, top_p=0.9, top_k=5, max_new_tokens=3, stop_token_ids=(2,))
     got = generate(make_client(), sampling)

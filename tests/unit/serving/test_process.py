@@ -58,7 +58,7 @@ def test_clients_of_a_server_with_random_weights_insist_on_a_push(
         assert client.weight_version == expected
 
 
-def test_a_server_that_dies_at_the_start_is_reported_at_once_with_the_end_of_its_log(start):
+def test_a_server_that_dies_at_the_start_is_reported_at_once_with_its_log_tail(start):
     code = "import sys; [print(f'line {i}') for i in range(30)]; print('nanobind: leaked 5 types!'); sys.exit('no memory')"
     begin = time.monotonic()
     with pytest.raises(EngineDied, match=r"exit code 1(.|\n)*line 29\n(.|\n)*no memory") as caught:

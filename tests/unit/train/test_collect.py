@@ -84,7 +84,7 @@ def test_the_loader_gives_one_prompt_for_several_samples():
     assert loader.taken == 2
 
 
-def test_a_prompt_that_comes_twice_in_a_batch_counts_on_so_that_no_seed_is_used_twice():
+def test_a_prompt_that_comes_twice_in_a_batch_uses_no_seed_twice():
     class ShortLoader:
         def take(self, n):
             return [Prompt(i % 3, (i % 3, 1), None, "", file=i // 6) for i in range(n)]

@@ -156,7 +156,7 @@ def test_a_tokenizer_with_more_ids_than_the_student_has_rows_is_refused(build, t
         build_tokenizer(config.model_copy(update={"student": student}))
 
 
-def test_epochs_are_counted_in_iterations_before_anything_that_depends_on_their_number(build):
+def test_epochs_become_iterations_before_anything_that_depends_on_their_number(build):
     config, tokenizer = build("train.train_iters=0", "train.epochs=2")
     assert with_iterations(config, tokenizer).train.train_iters == 3, "2 x 6 prompts in batches of 4"
     config, tokenizer = build()

@@ -52,7 +52,7 @@ def test_a_key_that_is_not_in_the_environment_is_refused(section, monkeypatch):
         served_teacher.make_teacher_client(section)
 
 
-def test_a_server_over_a_model_of_other_sizes_is_refused_with_both_folders_and_their_sizes(section, tmp_path):
+def test_a_server_with_a_model_of_other_sizes_is_refused_with_both_folders(section, tmp_path):
     served = write_model(tmp_path / "Small", hidden_size=1024, num_hidden_layers=28, num_attention_heads=32)
     with pytest.raises(ConfigError) as caught:
         served_teacher.require_same_model(section, served)
