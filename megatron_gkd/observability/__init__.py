@@ -1,11 +1,9 @@
-"""What a run says about itself: log, metrics, samples, progress, timers, status."""
+"""Log, metrics, samples, timers and progress of a run, and the files of its folder."""
 
 from megatron_gkd.observability.log import configure_logging
 from megatron_gkd.observability.metrics import Metric, Metrics, MetricsWriter, SampleWriter
-from megatron_gkd.observability.progress import Progress, progress_line
-from megatron_gkd.observability.status import Status, StatusFile
-from megatron_gkd.observability.stop_file import StopFile
-from megatron_gkd.observability.timers import Timers
+from megatron_gkd.observability.run_folder import Status, StatusFile, StopFile
+from megatron_gkd.observability.timing import Progress, Timers, progress_line
 
 __all__ = [
     "Metric",

@@ -1,4 +1,4 @@
-"""Files that survive a kill: JSON lines that are only appended to, and texts replaced as a whole."""
+"""Files that stay valid if the process is killed: append-only JSON lines, and atomically replaced text."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with the key ``iteration``."""
+    """A file with one JSON object per line, each with the key ``iteration``."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: Any = None
 
     def append(self, value: Mapping[str, Any]) -> None:
-        """Write one line and flush it.
+        """Append one line and flush.
 
         Raises:
-            ValueError: The object holds NaN or infinity, which JSON cannot express.
+            ValueError: The object contains NaN or infinity, which JSON has no literal for.
         """
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ class JsonLines:
         self._file.flush()
 
     def truncate_after(self, iteration: int) -> None:
-        """Move lines of later iterations, and torn ones, to ``<name>.superseded.jsonl``."""
+        """Move lines of later iterations and truncated lines to ``<name>.superseded.jsonl``."""
         self.close()
         if not self._path.is_file():
             return
@@ -43,7 +43,7 @@ class JsonLines:
             else:
                 kept.append(line.decode())
         if superseded:
-            # first the copy, then the cut: a kill in between leaves a line twice, never nowhere
+            # copy before cutting: a kill in between duplicates lines instead of losing them
             with _open_text(self._path.with_suffix(".superseded.jsonl"), "a") as file:
                 file.writelines(superseded)
                 file.flush()
@@ -51,14 +51,14 @@ class JsonLines:
             replace_text(self._path, "".join(kept))
 
     def close(self) -> None:
-        """Close the file; a later ``append`` opens it again."""
+        """Close the file; the next ``append`` reopens it."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def _parse_line(line: bytes) -> int | None:
-    """The line's iteration, or None if it is no complete line of ours."""
+    """The line's iteration, ``None`` for a truncated or foreign line."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -68,16 +68,19 @@ def _parse_line(line: bytes) -> int | None:
 
 
 def _open_text(path: Path, mode: str) -> Any:
-    # half a surrogate pair becomes a JSON escape instead of an error
+    # a lone surrogate, which a cut byte-level BPE token can decode to, becomes a JSON escape instead of an error
     return path.open(mode, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part."""
+    """Replace a file atomically: readers see the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # the process id keeps writers on one host apart
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with _open_text(aside, "w") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(
+            file.fileno()
+        )  # rename does not order the data: after a power loss the new file could be empty
     aside.replace(path)

@@ -1,4 +1,4 @@
-"""Logging of one rank."""
+"""Logging configuration of one rank. Imports no torch, so that ``--check`` can log without it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import logging
 from pathlib import Path
 
 PACKAGE = "megatron_gkd"
-_OWN = "megatron_gkd_handler"  # name by which a second call finds the handlers of the first
+_OWN = "megatron_gkd_handler"  # handler name, so that a second call replaces the handlers of the first
 
 
 def configure_logging(level: str, rank: int, log_file: Path | None = None) -> None:
-    """Send log records to stderr and, if wanted, to a file. May be called again.
+    """Log to stderr and optionally to a file; calling it again replaces the handlers.
 
-    On the screen rank 0 speaks at ``level`` and the other ranks only warn. Other libraries only warn everywhere.
+    stderr gets ``level`` on rank 0 and warnings on other ranks. Other libraries log warnings only.
 
     Args:
         level: ``debug``, ``info`` or ``warning``.
         rank: This process's rank in the job.
-        log_file: This rank's own file, which gets everything from ``level`` on; appended to, its folder is made.
+        log_file: This rank's file, which gets ``level`` on every rank. It is appended to; its folder is created.
 
     Raises:
         ValueError: Unknown level.
@@ -25,6 +25,7 @@ def configure_logging(level: str, rank: int, log_file: Path | None = None) -> No
     levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
     if level not in levels:
         raise ValueError(f"logging.level is {level!r}; choose one of {', '.join(levels)}")
+    # on the root logger, so that warnings of Megatron and SGLang get the rank, too
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if handler.get_name() == _OWN]:
         root.removeHandler(handler)

@@ -1,8 +1,8 @@
-"""Metrics of an iteration: collected on every rank, written by one.
+"""Metrics of an iteration: collected on every rank, reduced, and written by one rank.
 
-``metrics.jsonl`` holds one JSON object per iteration. JSON has no NaN or infinity: such a value is written as null, and
-the key ``non_finite`` maps its name to "nan", "inf" or "-inf". ``metrics_schema.json`` states unit and reduction of
-every metric. TensorBoard gets the same scalars.
+``metrics.jsonl`` has one JSON object per iteration. JSON has no NaN or infinity: such a value is written as null, and the
+key ``non_finite`` maps its name to "nan", "inf" or "-inf". ``metrics_schema.json`` has the unit and the reduction of every
+metric. TensorBoard gets the same scalars.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Reduce = Literal["rank0", "sum", "max", "mean"]
-"""How the values of all ranks become one; ``rank0``: equal everywhere, or known to rank 0 only."""
+"""Reduction over ranks; ``rank0`` takes rank 0's value, for values equal on all ranks or known to rank 0 only."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number with what is needed to read it and to reduce it over ranks."""
+    """A value with its unit and its reduction over ranks."""
 
     name: str
     value: float
@@ -36,7 +36,7 @@ class Metric:
 class Metrics:
     """Collects one rank's metrics between two calls of ``take``.
 
-    Several values of one name become one by the metric's own rule: sum, max, mean, or the last for ``rank0``.
+    Several values of one name are combined by the metric's own reduction; ``rank0`` keeps the last.
     """
 
     def __init__(self) -> None:
@@ -44,17 +44,18 @@ class Metrics:
         self._rules: dict[str, tuple[str, Reduce]] = {}
 
     def add(self, name: str, value: float | Tensor, *, unit: str, reduce: Reduce) -> None:
-        """Note a value; a tensor is not read (and its device not waited for) before ``take``.
+        """Add a value; a tensor is read, and its device synchronized, only in ``take``.
 
         Args:
             name: For example ``loss`` or ``rollout/completion_length``.
-            value: Number or 0-d tensor of any dtype; the tensor is copied, so it may change afterwards.
-            unit: For example ``nats/token``, ``s``, ``tokens``, ``1`` for a plain number.
-            reduce: How values, and later ranks, are put together.
+            value: Number or 0-d tensor of any dtype. A tensor is copied, so that in-place changes do not matter.
+            unit: For example ``nats/token``, ``s``, ``tokens``, or ``1`` for a plain number.
+            reduce: Reduction over values, and later over ranks.
 
         Raises:
-            ValueError: Unknown reduction, no unit, not a scalar, or the name is known with another unit or reduction.
+            ValueError: Unknown reduction, no unit, not a scalar, or the name has another unit or reduction.
         """
+        # checked here instead of at the reduction, so that the error names the line that adds the metric
         if reduce not in get_args(Reduce) or not unit:
             raise ValueError(
                 f"metric {name!r} needs a unit and a reduction of {get_args(Reduce)}, got {unit!r}, {reduce!r}"
@@ -64,24 +65,24 @@ class Metrics:
         if not isinstance(value, int | float):
             if value.ndim != 0:
                 raise ValueError(f"metric {name!r} must be a scalar, got shape {tuple(value.shape)}")
-            value = value.detach().clone()
+            value = value.detach().clone()  # Megatron's schedules divide a returned loss in place
         self._values.setdefault(name, []).append(value)
 
     def take(self) -> list[Metric]:
-        """The metrics since the last call, in the order in which they first appeared; starts anew."""
+        """Return the metrics since the last call in order of first appearance, and reset."""
         names = list(self._values)
         floats = iter(_to_floats([value for name in names for value in self._values[name]]))
         metrics = []
         for name in names:
             unit, reduce = self._rules[name]
             values = [next(floats) for _ in self._values[name]]
-            metrics.append(Metric(name, _put_together(values, reduce), unit, reduce))
+            metrics.append(Metric(name, _combine(values, reduce), unit, reduce))
         self._values = {}
         return metrics
 
 
 def _to_floats(values: list[float | Tensor]) -> list[float]:
-    """All values as Python floats, with one transfer for all tensors of a device."""
+    """Convert all values to floats with one transfer, and one synchronization, per device."""
     floats = [0.0] * len(values)
     by_device: dict[Any, list[int]] = {}
     for index, value in enumerate(values):
@@ -90,7 +91,8 @@ def _to_floats(values: list[float | Tensor]) -> list[float]:
         else:
             by_device.setdefault(value.device, []).append(index)
     for indices in by_device.values():
-        import torch  # only where a tensor came in: the rest of this package works without torch
+        # imported only if there is a tensor: the package works without torch
+        import torch
 
         for index, number in zip(
             indices, torch.stack([torch.as_tensor(values[i]).double() for i in indices]).tolist(), strict=True
@@ -99,21 +101,22 @@ def _to_floats(values: list[float | Tensor]) -> list[float]:
     return floats
 
 
-def _put_together(values: list[float], reduce: Reduce) -> float:
+def _combine(values: list[float], reduce: Reduce) -> float:
     if reduce == "sum":
         return sum(values)
     if reduce == "mean":
         return sum(values) / len(values)
-    if reduce == "max":  # max() passes over NaN or not, depending on the order
+    if reduce == "max":
+        # max() of Python ignores NaN or returns it, depending on the order
         return math.nan if any(math.isnan(value) for value in values) else max(values)
     return values[-1]
 
 
 class MetricsWriter:
-    """Writes ``metrics.jsonl``, ``metrics_schema.json`` and ``tensorboard/`` of a run; used by one rank only.
+    """Writes ``metrics.jsonl``, ``metrics_schema.json`` and ``tensorboard/`` of a run, on one rank.
 
     Raises:
-        ModuleNotFoundError: TensorBoard is wanted and not installed.
+        ModuleNotFoundError: ``tensorboard`` is true and the package is not installed.
     """
 
     def __init__(self, folder: Path, tensorboard: bool) -> None:
@@ -124,21 +127,22 @@ class MetricsWriter:
         self._use_tensorboard = tensorboard
         self._summary: Any = None
         if tensorboard:
+            # at the start of the run instead of after its first iteration
             _summary_writer_class()
 
     def truncate_after(self, iteration: int) -> None:
-        """Call at the start of a run that continues behind ``iteration`` (0: from the beginning).
+        """Prepare for a run that resumes after ``iteration`` (0: a new run).
 
-        Lines of later iterations, and a last line torn by a kill, move to ``metrics.superseded.jsonl``, so that
-        ``metrics.jsonl`` will hold each iteration once and nothing is lost.
+        Lines of later iterations and a truncated last line move to ``metrics.superseded.jsonl``, so that ``metrics.jsonl``
+        has each iteration once and nothing is lost.
         """
         self._lines.truncate_after(iteration)
 
     def declare(self, metrics: Iterable[Metric]) -> None:
-        """State unit and reduction of metrics; ``metrics_schema.json`` is rewritten when a new one appears.
+        """Declare metrics; ``metrics_schema.json`` is rewritten for new ones.
 
         Raises:
-            ValueError: A name was declared before with another unit or reduction.
+            ValueError: A name was declared with another unit or reduction.
         """
         known = len(self._schema)
         for metric in metrics:
@@ -156,10 +160,10 @@ class MetricsWriter:
             )
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Append one line, flushed, and the TensorBoard scalars.
+        """Append one line, flush, and add the TensorBoard scalars.
 
         Args:
-            iteration: Counted from 1.
+            iteration: From 1.
             values: Name to number, already reduced over ranks.
 
         Raises:
@@ -179,7 +183,7 @@ class MetricsWriter:
 
     def _write_scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         if self._summary is None:
-            # purge_step hides what an earlier attempt wrote for the same iterations
+            # purge_step hides scalars that an earlier attempt wrote for the same iterations
             folder = str(self._folder / "tensorboard")
             self._summary = _summary_writer_class()(folder, purge_step=iteration, flush_secs=10)
         for name, value in values.items():
@@ -194,13 +198,13 @@ class MetricsWriter:
 
 
 class SampleWriter:
-    """Writes ``samples.jsonl``: some prompts and completions of every iteration, as text."""
+    """Writes ``samples.jsonl``: a few prompts and completions of every iteration, as text."""
 
     def __init__(self, folder: Path) -> None:
         self._lines = JsonLines(folder / "samples.jsonl")
 
     def truncate_after(self, iteration: int) -> None:
-        """As ``MetricsWriter.truncate_after``; lines move to ``samples.superseded.jsonl``."""
+        """Same as ``MetricsWriter.truncate_after``, for ``samples.jsonl``."""
         self._lines.truncate_after(iteration)
 
     def write(
@@ -215,7 +219,7 @@ class SampleWriter:
         is_on_policy: bool,
         weight_version: int,
     ) -> None:
-        """Append one sample, flushed: its file and row in the data, and decoded text."""
+        """Append one sample and flush; ``file`` and ``row`` locate its prompt in the data."""
         self._lines.append(
             {
                 "iteration": iteration,

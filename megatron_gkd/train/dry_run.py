@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.data.sample import Batch, Sample
-from megatron_gkd.observability.timers import Timers
+from megatron_gkd.observability.timing import Timers
 from megatron_gkd.parallel.collectives import reduce_values
 from megatron_gkd.parallel.groups import Job
 from megatron_gkd.platform.device import Platform

@@ -14,7 +14,7 @@ from megatron_gkd.config.resume import is_named, permitted_changes
 from megatron_gkd.data.sample import Batch, Prompt
 from megatron_gkd.data.streams import PromptsChanged, PromptStream
 from megatron_gkd.data.tokenizer import DataError, Tokenizer
-from megatron_gkd.observability.status import State
+from megatron_gkd.observability.run_folder import State
 from megatron_gkd.parallel.groups import Job
 from megatron_gkd.rollout.base import PushReport, RolloutEngine
 from megatron_gkd.serving.errors import EngineError

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.data.sample import Prompt
 from megatron_gkd.data.streams import PromptStream
-from megatron_gkd.observability.status import State
+from megatron_gkd.observability.run_folder import State
 from megatron_gkd.parallel.groups import Job
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import detect_kernels

@@ -6,9 +6,8 @@ from megatron_gkd.config import GkdConfig
 from megatron_gkd.data.sample import Batch
 from megatron_gkd.data.tokenizer import Tokenizer
 from megatron_gkd.observability.metrics import Metrics, MetricsWriter, SampleWriter
-from megatron_gkd.observability.progress import Progress
-from megatron_gkd.observability.status import State, StatusFile
-from megatron_gkd.observability.timers import Timers
+from megatron_gkd.observability.run_folder import State, StatusFile
+from megatron_gkd.observability.timing import Progress, Timers
 from megatron_gkd.parallel.collectives import reduce_values
 from megatron_gkd.parallel.groups import Job
 from megatron_gkd.rollout.base import PushReport

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_gkd.observability.stop_file import StopFile
+from megatron_gkd.observability.run_folder import StopFile
 from megatron_gkd.parallel.collectives import any_rank, gather_json
 
 

@@ -21,7 +21,7 @@ def test_an_unusable_streamed_row_ends_the_run_with_a_checkpoint_before_it(
 def _run_into_the_bad_row(rank: int, world_size: int, config_file) -> None:
     from megatron_gkd.config import load_config
     from megatron_gkd.data.tokenizer import DataError
-    from megatron_gkd.observability.timers import Timers
+    from megatron_gkd.observability.timing import Timers
     from megatron_gkd.train.inputs import build_prompts, build_tokenizer
     from megatron_gkd.train.loop import Trainer
     from megatron_gkd.train.stop import StopRequest

@@ -10,7 +10,7 @@ from megatron_gkd.cli import pretrain
 from megatron_gkd.cli.pretrain import main
 from megatron_gkd.config import load_config
 from megatron_gkd.observability import Status, StatusFile
-from megatron_gkd.observability.run_lock import RunLock
+from megatron_gkd.observability.run_folder import RunLock
 from tests.support.processes import run_python
 from tests.support.run_config import write_run_config
 

@@ -4,8 +4,8 @@ from pathlib import Path, PurePath
 
 import pytest
 
-from megatron_gkd.cli import snapshot
-from megatron_gkd.cli.snapshot import copy_code, is_excluded
+from megatron_gkd.cli import submit
+from megatron_gkd.cli.submit import copy_code, is_excluded
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_later_edits_do_not_reach_the_copy_and_linked_folders_stay_links(tmp_pat
 
 
 def test_a_model_among_the_code_is_refused_by_name_and_nothing_is_copied(tmp_path, monkeypatch):
-    monkeypatch.setattr(snapshot, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(submit, "MAX_BYTES", 2**20)
     write(tmp_path / "code", "a.py")
     (tmp_path / "code" / "model.safetensors").write_bytes(bytes(3 * 2**20))
     with pytest.raises(ValueError, match=r"takes 3 MiB, .*runtime\.excludes; .*model\.safetensors \(3 MiB\)"):

@@ -1,13 +1,13 @@
-"""Stage timers with a clock of our own; waiting for a real device is covered by tests/gpu."""
+"""Stage timers, durations, and the estimate of the time left."""
 
 import pytest
 
 from megatron_gkd.observability.metrics import Metric, Metrics
-from megatron_gkd.observability.timers import Timers
+from megatron_gkd.observability.timing import Progress, Timers, format_duration, progress_line
 
 
 class Clock:
-    """Time that passes only when told to."""
+    """A clock that the test advances."""
 
     now = 0.0
 
@@ -81,3 +81,48 @@ def test_running_timer_cannot_start_again():
         timers("teacher"),
     ):
         pass
+
+
+def test_line_shows_iteration_loss_lag_speed_and_time_left():
+    expected = "iteration 12/40 | loss 1.234 | lag 0 | 213 tok/s | 3 min 10 s left"
+    assert progress_line(12, 40, 1.2341, 0, 212.7, 190.2) == expected
+
+
+def test_line_without_estimate_or_with_broken_loss_says_so():
+    assert progress_line(1, 40, float("nan"), 1, 0.0, None).endswith(
+        "loss nan | lag 1 | 0 tok/s | time left unknown"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0, "0 s"), (-3, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (190, "3 min 10 s"), (3599.6, "1 h 0 min"),
+     (7500, "2 h 5 min"), (97200, "1 d 3 h")],
+)  # fmt: skip
+def test_duration_shows_its_two_largest_units(seconds, expected):
+    assert format_duration(seconds) == expected
+
+
+def test_estimate_is_the_median_iteration_times_what_is_left():
+    clock = Clock()
+    progress = Progress(10, clock=clock)
+    assert progress.seconds_left(0) is None
+    for iteration, seconds in enumerate([60, 2, 3, 2, 50], start=1):  # a slow start, a save
+        clock.now += seconds
+        line = progress.finish(iteration, loss=1.0, lag=0, num_tokens=100)
+    assert progress.seconds_left(5) == 3 * 5
+    assert line == "iteration 5/10 | loss 1.000 | lag 0 | 2 tok/s | 15 s left"
+    assert progress.seconds_left(11) == 0
+
+
+def test_only_the_last_iterations_count():
+    clock = Clock()
+    progress = Progress(10, window=2, clock=clock)
+    for iteration, seconds in enumerate([9, 9, 9, 1, 1], start=1):
+        clock.now += seconds
+        progress.finish(iteration, loss=1.0, lag=0, num_tokens=1)
+    assert progress.seconds_left(5) == 5
+
+
+def test_clock_that_stands_still_does_not_divide_by_zero():
+    assert "0 tok/s" in Progress(2, clock=Clock()).finish(1, loss=1.0, lag=0, num_tokens=5)
