@@ -1,7 +1,7 @@
-# What the job files of this folder share; they source it. Their arguments are those of launch/pretrain_gkd.py.
+# Functions shared by the job files of this folder, which source it. Their arguments are those of launch/pretrain_gkd.py.
 #
-# MEGATRON_GKD_CODE is the copy of the code that launch/submit.py made. A job given to sbatch itself runs the code of the folder
-# it was submitted from, as that is when the job starts.
+# MEGATRON_GKD_CODE is the snapshot of the code made by launch/submit.py. A job submitted with sbatch directly runs the code in
+# the folder it was submitted from, in its state when the job starts.
 set -euo pipefail
 
 if [[ -z ${MEGATRON_GKD_CODE:-} ]]; then
@@ -13,7 +13,7 @@ attempt=${SLURM_RESTART_COUNT:-0}
 is_making_room=false
 arguments=()
 
-# prepare NODES RANKS_PER_NODE ARGUMENT...: check the configuration before any node does anything
+# prepare NODES RANKS_PER_NODE ARGUMENT...: check the configuration before anything starts on any node
 prepare() {
     num_nodes=$1 ranks_per_node=$2 arguments=("${@:3}")
     python "$code/launch/pretrain_gkd.py" "${arguments[@]}" --check --world-size $((num_nodes * ranks_per_node))
@@ -25,12 +25,12 @@ prepare() {
     trap make_room USR1
 }
 
-# value [KEY]: of the configuration; without a key all of it
+# value [KEY]: print the key's value in the resolved configuration, or the whole configuration
 value() {
     python "$code/launch/pretrain_gkd.py" "${arguments[@]}" --show "$@"
 }
 
-# require_value KEY VALUE ELSE: end the job unless the configuration has it
+# require_value KEY VALUE ALTERNATIVE: end the job unless the key has this value
 require_value() {
     local found
     found=$(value "$1")
@@ -40,24 +40,25 @@ require_value() {
     fi
 }
 
-# SLURM sends USR1 ahead of the time limit (--signal), people by: scancel --batch --signal=USR1 JOB
+# SLURM sends USR1 before the time limit (--signal); by hand: scancel --batch --signal=USR1 JOB.
+# The stop file is used because torchrun kills its workers 30 s after a signal, and a large checkpoint takes longer.
 make_room() {
     is_making_room=true
     echo "SLURM job $SLURM_JOB_ID got USR1; it is requeued and goes on" >"$run_folder/stop"
 }
 
-# address NODE: where SLURM itself reaches it; its name may mean another network, or nothing, to the others
+# address NODE: the address that SLURM uses for it; other nodes may resolve the name to another network, or not at all
 address() {
     scontrol show node "$1" --oneliner | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
 }
 export -f address # node.sh calls it on every node
 
-# port OFFSET: each job and attempt has a range of its own, below the ephemeral ports
+# port OFFSET: a port in the range of this job and attempt, below the ephemeral ports
 port() {
     echo $((20000 + (SLURM_JOB_ID * 8 + attempt) * 97 % 10000 + $1))
 }
 
-# train NODELIST SRUN_OPTION... -- section.key=value...: one torchrun per node; returns its exit code
+# train NODELIST SRUN_OPTION... -- section.key=value...: run one torchrun per node; returns the exit code of srun
 train() {
     local head options=()
     if [[ $is_making_room == true ]]; then
@@ -79,18 +80,19 @@ train() {
     wait_for $!
 }
 
-# wait_for PID: its exit code; bash's own wait ends early when a signal is handled, with a code that the process may have, too
+# wait_for PID: return its exit code. bash's wait returns early when a trap runs, with a code (128 + signal) that the process
+# itself could return, so it is repeated until the process is gone
 wait_for() {
     local exit_code
     while kill -0 "$1" 2>/dev/null; do
         wait "$1" || true
     done
     exit_code=0
-    wait "$1" || exit_code=$? # bash remembers the code of a process that has ended
+    wait "$1" || exit_code=$? # bash keeps the exit code of an ended child
     return "$exit_code"
 }
 
-# finish EXIT_CODE: requeue a run that made room, else end with the code
+# finish EXIT_CODE: requeue the job if it was stopped by USR1, otherwise exit with the code
 finish() {
     local state=""
     if [[ -f $run_folder/status.json ]]; then

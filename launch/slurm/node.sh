@@ -5,7 +5,8 @@ set -euo pipefail
 num_nodes=$1 ranks_per_node=$2 endpoint=$3 log_folder=$4
 shift 4
 
-# is_host and local-addr are said explicitly: torchrun would go by the names that this machine has for itself
+# is_host and local-addr are explicit, because torchrun would compare host names as this machine resolves them (torch 2.13).
+# --max-restarts=0: attempts share the rendezvous store, and a restarted attempt fails in gloo's connectFullMesh.
 exec python -m torch.distributed.run \
     --nnodes="$num_nodes" --nproc-per-node="$ranks_per_node" --max-restarts=0 \
     --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-conf="is_host=$((SLURM_NODEID == 0))" \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One SGLang server on this node, started by srun (see servers.sh):
 #   server.sh ADDRESS:PORT,... LOG_NAME OPTION...
-# The endpoints are those of all nodes of the group, in their order; the options those of launch/serve.py.
+# The endpoints are those of all nodes of the group in order; the options are passed to launch/serve.py.
 set -euo pipefail
 IFS=, read -ra endpoints <<<"$1"
 endpoint=${endpoints[SLURM_NODEID]}

@@ -1,9 +1,9 @@
-# SGLang servers of a heterogeneous job, one on each node of a group; sourced after job.sh.
+# SGLang servers of a heterogeneous job, one per node of a group; sourced after job.sh.
 MEGATRON_GKD_SGLANG_KEY=$(python -c "import secrets; print(secrets.token_hex(32))")
 export MEGATRON_GKD_SGLANG_KEY
 server_pids=() server_groups=()
 
-# endpoints GROUP: address:port of its servers, in the order of its nodes, with commas between
+# endpoints GROUP: comma-separated address:port of its servers, in node order
 endpoints() {
     local nodelist="SLURM_JOB_NODELIST_HET_GROUP_$1" node found=()
     for node in $(scontrol show hostnames "${!nodelist}"); do
@@ -12,12 +12,12 @@ endpoints() {
     (IFS=, && echo "${found[*]}")
 }
 
-# urls GROUP: as a list in YAML
+# urls GROUP: the endpoints as a YAML list of URLs
 urls() {
     echo "[$(endpoints "$1" | sed 's#[^,]*#http://&#g')]"
 }
 
-# host GROUP, first_port GROUP: of its first server
+# host GROUP, first_port GROUP: address and port of its first server
 host() {
     local all first
     all=$(endpoints "$1")
@@ -31,8 +31,8 @@ first_port() {
     echo "${first##*:}"
 }
 
-# start_servers GROUP NAME MODEL CONTEXT OPTION...: tokens of the longest sequence, options of launch/serve.py; an address is
-# in logs/NAME_<node>.url once it answers
+# start_servers GROUP NAME MODEL CONTEXT_LENGTH OPTION...: start one server per node, with options of launch/serve.py; each
+# writes logs/NAME_<node>.url when it is ready
 start_servers() {
     rm -f "$run_folder/logs/$2"_*.url
     srun --het-group="$1" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
@@ -42,7 +42,8 @@ start_servers() {
     server_pids+=($!) server_groups+=("$1 $2")
 }
 
-# require_servers: fails when those of a group have ended; kill -0 succeeds if any of its processes lives, so each is asked
+# require_servers: fail if the servers of a group have ended. Each pid is checked by itself, because kill -0 with several
+# pids succeeds if one of them is alive
 require_servers() {
     local i group name
     for i in "${!server_pids[@]}"; do
@@ -55,7 +56,7 @@ require_servers() {
     done
 }
 
-# await_servers GROUP NAME: until all of them answer; fails when one of any group ends first
+# await_servers GROUP NAME: wait until all of them are ready; fail if servers of any group end first
 await_servers() {
     local num_servers num_ready=0
     num_servers=$(endpoints "$1" | tr , '\n' | wc -l)
@@ -66,7 +67,7 @@ await_servers() {
     done
 }
 
-# stop_servers GROUP...: in order; srun itself would kill them at once
+# stop_servers GROUP...: send SIGTERM and wait; killing srun would SIGKILL the servers
 stop_servers() {
     local group job
     for group in "$@"; do
