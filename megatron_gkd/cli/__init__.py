@@ -1,4 +1,4 @@
-"""Commands: argument parsing and the exit code. torch and Megatron are imported inside the functions that need them."""
+"""Commands: argument parsing and exit codes. torch and Megatron are imported lazily."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ FAILED = 1
 
 
 def run_tool(work: Callable[[], None]) -> int:
-    """Run a command; return 0, 2 for refused input (one message), or 1 after an error (traceback)."""
+    """Run a command; return 0, 2 for refused input, or 1 after an error."""
     from megatron_gkd.observability.log import configure_logging
 
     configure_logging("info", rank=0)

@@ -167,7 +167,7 @@ def _prepare(folders: Folders) -> None:
 
 
 def _make(target: Path, work: Callable[[Path], object]) -> None:
-    """Create a file or folder under a temporary name and rename it, so that only complete ones are reused."""
+    """Create a file or folder under a temporary name, then rename it."""
     if target.exists():
         log.info("Reusing %s", target)
         return
@@ -177,7 +177,7 @@ def _make(target: Path, work: Callable[[Path], object]) -> None:
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     work(unfinished)
-    unfinished.rename(target)
+    unfinished.rename(target)  # so that the next run reuses complete ones only
     log.info("Made %s in %.0f s", target, time.monotonic() - start)
 
 

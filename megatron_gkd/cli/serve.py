@@ -22,7 +22,7 @@ class _Stop(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Start the server, print its URL and wait; return 0 after a signal, 1 if the server fails, 2 for bad arguments."""
+    """Start the server, print its URL and wait for a signal; return the exit code."""
     options = _parser().parse_args(arguments)
     # an exception, so that ServerProcess.__exit__ ends SGLang's processes also if a signal arrives while they start
     for signum in (signal.SIGINT, signal.SIGTERM):

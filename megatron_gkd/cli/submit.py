@@ -1,8 +1,8 @@
-"""Submit a SLURM job that runs a snapshot of the code, so that later edits do not affect it.
+"""Submit a SLURM job that runs a snapshot of the code.
 
     python launch/submit.py [SBATCH OPTION...] JOB.sbatch --config FILE [--config FILE...] [section.key=value...]
 
-JOB.sbatch is a file of launch/slurm or your own. The code and the resolved configuration are copied to
+Later edits do not affect the job. JOB.sbatch is a file of launch/slurm or your own. The code and the resolved configuration are copied to
 <train.output_dir>/code/<time>; the job's output goes to <train.output_dir>/logs. Options of sbatch come before the file and
 take precedence over the #SBATCH lines in it.
 """
@@ -30,7 +30,7 @@ NUM_SHOWN = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check the configuration, copy the code and call sbatch; return 0, or 2 if something was refused."""
+    """Check the configuration, copy the code and call sbatch; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(__doc__ or "")

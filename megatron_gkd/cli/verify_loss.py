@@ -1,4 +1,4 @@
-"""Compare the loss and its gradients with a dense float64 reference, for given TP size, dtype and chunk size."""
+"""Compare the loss and its gradients with a dense float64 reference."""
 
 import argparse
 import json

@@ -31,7 +31,7 @@ from megatron_gkd.platform.kernels import Kernels
 
 
 class ModelChunks(torch.nn.ModuleList):
-    """A rank's virtual pipeline stages in order, with the attributes of one GPTModel that we read.
+    """A rank's virtual pipeline stages in order, with those attributes of GPTModel in use.
 
     Parameter names start with the index of the chunk, as in ``reshard.layout``.
     """
@@ -136,7 +136,7 @@ def build_gpt(
     is_headless: bool = False,
     is_uninitialized: bool = False,
 ) -> LocalModel:
-    """Build this rank's part of the model with zero weights; ``ModelChunks`` if there are virtual stages.
+    """Build this rank's part of the model with zero weights; ``ModelChunks`` for virtual stages.
 
     Args:
         shapes: Sizes from config.json.
@@ -273,7 +273,7 @@ def block_spec(
 
 
 def head_weight(model: LocalModel) -> Tensor:
-    """[V, H] shard of the LM head on the last stage; the embedding's copy if tied."""
+    """[V, H] shard of the LM head on the last stage, also if tied."""
     last = chunks_of(model)[-1]
     # with PP = 1, shared_embedding_or_output_weight() returns the embedding even for an untied model (0.16.1)
     is_in_embedding = last.share_embeddings_and_output_weights and last.pre_process

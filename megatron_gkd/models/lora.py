@@ -1,4 +1,4 @@
-"""LoRA on Megatron's parallel linear layers: W x + scale B A x, with W frozen.
+"""LoRA for Megatron's parallel linear layers: W x + scale B A x.
 
 A layer keeps its class and its parameter names, gets a submodule ``adapter`` and adds the adapter's output to its own.
 Column-parallel layers replicate A and split B by rows; row-parallel layers split A by columns and replicate B. So only R
@@ -91,7 +91,7 @@ class Adapter(torch.nn.Module):
         return functional.linear(self._cross(hidden_SBR), self.lora_B) * self.scale
 
     def delta(self) -> Tensor:
-        """Return [O, I] scale B A for this rank's shard of the weight, fp32 (fp64 for fp64 adapters)."""
+        """Return [O, I] scale B A for this rank's shard, in fp32 or fp64."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         return self.lora_B.to(dtype) @ self.lora_A.to(dtype) * self.scale
 
@@ -113,7 +113,7 @@ class Adapter(torch.nn.Module):
         return state
 
     def _cross(self, hidden_SBR: Tensor) -> Tensor:
-        """Communicate A x from the split of the layer's input to the split that B expects."""
+        """Communicate A x from the layer's input split to the split of B."""
         region = {
             (True, False): tensor_parallel.copy_to_tensor_model_parallel_region,
             (True, True): tensor_parallel.gather_from_sequence_parallel_region,

@@ -1,4 +1,4 @@
-"""Resolve glob patterns to the weights of a model, without torch so that ``--check`` can use it.
+"""Resolve glob patterns to the weights of a model, without torch.
 
 A pattern is matched against the Hugging Face names and against Megatron's, both with global layer numbers. Megatron
 fuses q, k and v into one parameter, and gate and up into one, so several Hugging Face tensors form one parameter.
@@ -33,7 +33,7 @@ class Weight:
 
 
 def all_weights(shapes: HfShapes) -> list[Weight]:
-    """All weights of a model in layer order; a tied LM head is listed as the embedding only."""
+    """All weights of a model in layer order; a tied LM head is omitted."""
     family = family_of(shapes.model_type)
     outer = [
         Weight(w.megatron, w.hf) for w in family.outer if not (shapes.tied and w.hf == ("lm_head.weight",))

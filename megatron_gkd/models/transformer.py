@@ -90,7 +90,7 @@ def _recompute_options(recompute: RecomputeConfig) -> dict[str, Any]:
 
 
 def rotary_frequencies(shapes: HfShapes) -> Tensor:
-    """[F] radians per position in fp32, plain or scaled as in Llama 3.1, as transformers computes them."""
+    """[F] radians per position in fp32, plain or with Llama 3.1's scaling."""
     exponent_F = torch.arange(0, shapes.head_dim, 2, dtype=torch.float32) / shapes.head_dim
     frequency_F = 1.0 / shapes.rope_theta**exponent_F
     return frequency_F if shapes.rope_scaling is None else _scale(frequency_F, shapes.rope_scaling)

@@ -3,7 +3,7 @@
 from megatron_gkd.observability.log import configure_logging
 from megatron_gkd.observability.metrics import Metric, Metrics, MetricsWriter, SampleWriter
 from megatron_gkd.observability.run_folder import Status, StatusFile, StopFile
-from megatron_gkd.observability.timing import Progress, Timers, progress_line
+from megatron_gkd.observability.timing import Progress, Timers
 
 __all__ = [
     "Metric",
@@ -16,5 +16,4 @@ __all__ = [
     "StopFile",
     "Timers",
     "configure_logging",
-    "progress_line",
 ]

@@ -1,4 +1,4 @@
-"""Files that stay valid if the process is killed: append-only JSON lines, and atomically replaced text."""
+"""Files that survive a kill: append-only JSON lines, and atomically replaced text."""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ class FolderInUseError(RuntimeError):
 
 
 class RunLock:
-    """Lock on ``run.lock``, held from ``acquire`` until the process ends; forked processes do not hold it.
+    """Lock on ``run.lock``, held from ``acquire`` until the process ends.
+
+    Forked processes do not hold it.
 
     Args:
         output_dir: Run folder; created if missing.
@@ -98,7 +100,7 @@ class RunLock:
         return True
 
     def _read_owner(self) -> dict[str, Any]:
-        """The record of the last process that took the lock; empty if there is none yet."""
+        """The record of the last process that took the lock; empty without one."""
         try:
             owner = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -168,7 +170,7 @@ class StatusFile:
 
 
 class StopFile:
-    """``<output_dir>/stop``: creating it requests a save and a clean end; its text, if any, is the reason."""
+    """``<output_dir>/stop``: requests a save and a clean end; its text is the reason."""
 
     # signals reach a run only through torchrun, which kills its workers 30 s later
 

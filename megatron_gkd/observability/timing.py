@@ -63,7 +63,9 @@ class Timers:
 def progress_line(
     iteration: int, total: int, loss: float, lag: int, tokens_per_s: float, seconds_left: float | None
 ) -> str:
-    """Format a line like ``iteration 12/40 | loss 1.234 | lag 0 | 213 tok/s | 3 min 10 s left``.
+    """Format the progress line of an iteration.
+
+    Example: ``iteration 12/40 | loss 1.234 | lag 0 | 213 tok/s | 3 min 10 s left``.
 
     Args:
         iteration: The iteration just completed, from 1.
@@ -78,7 +80,7 @@ def progress_line(
 
 
 def format_duration(seconds: float) -> str:
-    """Format seconds in the two largest units: ``42 s``, ``3 min 10 s``, ``2 h 5 min``, ``1 d 3 h``."""
+    """Format seconds in the two largest units, such as ``3 min 10 s``."""
     whole = max(0, round(seconds))
     minutes, s = divmod(whole, 60)
     hours, minute = divmod(minutes, 60)

@@ -1,4 +1,4 @@
-"""Learning-rate schedule as a function of the iteration alone, so a checkpoint needs no schedule state."""
+"""Learning-rate schedule as a function of the iteration; checkpoints need no schedule state."""
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler

@@ -1,4 +1,4 @@
-"""Save and load the optimizer state in any layout, with workarounds for Megatron and torch's Adam.
+"""Save and load the optimizer state in any layout, with workarounds for torch's Adam.
 
 The state is saved per parameter in the parameter's global shape, so that any tensor-, pipeline- and data-parallel layout
 can load it, with the plain and with the distributed optimizer. All workarounds were checked with megatron-core 0.16.1 and
@@ -26,7 +26,7 @@ def sharded_optimizer_state(
     is_loading: bool = False,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Return the sharded state dict to save, or with ``is_loading`` the one to load into. Collective.
+    """Return the sharded state dict to save, or to load into. Collective.
 
     Args:
         optimizer: Megatron's optimizer.

@@ -98,7 +98,7 @@ def reduce_values(
 
 
 def any_rank(flag: bool, *, device: torch.device, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether ``flag`` is true on any rank of the group; the same result on all of them."""
+    """Whether ``flag`` is true on any rank of the group. Collective."""
     return _all_reduce([float(flag)], dist.ReduceOp.MAX, device, group)[0] > 0
 
 

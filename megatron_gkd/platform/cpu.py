@@ -1,4 +1,4 @@
-"""CPU substitutes for the CUDA calls in Megatron-Core, which then runs unmodified on CPU and gloo.
+"""CPU substitutes for Megatron-Core's CUDA calls; it then runs unmodified with gloo.
 
 Megatron-Core refers to the device in four ways: ``torch.cuda.*`` calls, the CUDA random generator, ``device="cuda"`` in
 tensor factories, and ``torch.cuda.*Tensor`` type names. Each is mapped to the CPU by patching torch; patching Megatron

@@ -40,7 +40,7 @@ class Platform:
             torch.cuda.synchronize()
 
     def peak_memory_bytes(self) -> int:
-        """Peak memory so far: device allocations on a GPU, resident set size of the process on a CPU."""
+        """Peak memory so far: device allocations, or resident set size on a CPU."""
         if self.is_cpu:
             # in KiB on Linux
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
@@ -48,7 +48,9 @@ class Platform:
 
 
 def detect_platform() -> Platform:
-    """Select CUDA with NCCL if a GPU is visible, else CPU with gloo, and bind this process to its GPU.
+    """Select CUDA with NCCL, or CPU with gloo without a GPU.
+
+    On CUDA the process is bound to the GPU of its local rank.
 
     Raises:
         ConfigError: There are more local ranks than GPUs.

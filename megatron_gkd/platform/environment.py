@@ -1,4 +1,4 @@
-"""Environment variables of a run's processes. Imports no torch, which reads some of them on import."""
+"""Environment variables of a run's processes. Imports no torch, which reads some on import."""
 
 import logging
 import os

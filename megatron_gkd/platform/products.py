@@ -16,7 +16,7 @@ _BLOCK = 4096
 
 
 def as_factor(x: Tensor, partner: Tensor) -> Tensor:
-    """Cast ``x`` for a product with ``partner``: to the partner's dtype on CUDA, unchanged on a CPU."""
+    """Cast ``x`` to the dtype of ``partner`` on CUDA; unchanged on a CPU."""
     return x.to(partner.dtype) if rounds_factors(x.device) else x
 
 

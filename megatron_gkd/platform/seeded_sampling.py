@@ -1,4 +1,6 @@
-"""Sampling with noise that depends on (seed, position, token id) only, not on the batch or a generator's state.
+"""Sampling with noise that depends on (seed, position, token id) only.
+
+The batch and the state of a generator have no influence.
 
 Gumbel-max (Gumbel 1954; Maddison et al. 2014, "A* Sampling"): argmax_v(log p_v + g_v) with independent standard Gumbel
 g_v is a sample from p. The uniform numbers of g come from a hash, so samples are reproducible on any machine.
@@ -40,7 +42,7 @@ def _sample_block(log_probs_BV: Tensor, seed_B: Tensor, position_B: Tensor, toke
 
 
 def hash32(seed_B: Tensor, position_B: Tensor, token_ids_V: Tensor) -> Tensor:
-    """MurmurHash3 (x86, 32 bit, hash seed 0) of the four words (seed low, seed high, position, token id).
+    """MurmurHash3 (x86, 32 bit, hash seed 0) of (seed low, seed high, position, token id).
 
     Args:
         seed_B: [B] int64 or uint64.
