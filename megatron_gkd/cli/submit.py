@@ -2,9 +2,9 @@
 
     python launch/submit.py [SBATCH OPTION...] JOB.sbatch --config FILE [--config FILE...] [section.key=value...]
 
-Later edits do not affect the job. JOB.sbatch is a file of launch/slurm or your own. The code and the resolved configuration are copied to
-<train.output_dir>/code/<time>; the job's output goes to <train.output_dir>/logs. Options of sbatch come before the file and
-take precedence over the #SBATCH lines in it.
+Later edits do not affect the job. JOB.sbatch is a file of launch/slurm or your own. The code and the resolved configuration
+are copied to <train.output_dir>/code/<time>; the job's output goes to <train.output_dir>/logs. Options of sbatch come before
+the file and take precedence over the #SBATCH lines in it.
 """
 
 import argparse
