@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_gkd.checkpoint.prune_measure import CalibrationRow, Text, mean_kl, measure_blocks
+from megatron_gkd.checkpoint.prune_measure import CalibrationRow, CalibrationText, mean_kl, measure_blocks
 from megatron_gkd.checkpoint.prune_refit import add_query_groups, cut_student
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def prune_checkpoint(
     layers: int = config.num_hidden_layers if num_layers is None else num_layers
     ffn = ffn_hidden_size or fit_ffn(config, keep_ratio, layers, tp_size)
     check_shape(config, keep_ratio, layers, ffn, tp_size)
-    text = Text.of(rows)
+    text = CalibrationText.of(rows)
     # With fewer rows than unknowns per output the least squares would be underdetermined.
     if refits and text.num_tokens <= ffn:
         raise ValueError(

@@ -28,7 +28,7 @@ class CalibrationRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Text:
+class CalibrationText:
     """Calibration rows as right-padded batches, one [B, S] tensor each.
 
     No attention mask: with causal attention, padding on the right does not affect the tokens before it.
@@ -39,7 +39,7 @@ class Text:
     is_scored: tuple[Tensor, ...]  # predicts a completion token
 
     @classmethod
-    def of(cls, rows: Sequence[CalibrationRow]) -> "Text":
+    def of(cls, rows: Sequence[CalibrationRow]) -> "CalibrationText":
         """Batch the rows, sorted by length to minimize padding."""
         ordered = sorted(rows, key=lambda row: len(row.ids))
         parts = [
@@ -67,7 +67,7 @@ class Text:
         return torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)])
 
 
-def measure_blocks(teacher: Any, text: Text, num_dropped: int) -> dict[int, float]:
+def measure_blocks(teacher: Any, text: CalibrationText, num_dropped: int) -> dict[int, float]:
     """Return KL(teacher || teacher without layers [first, first + num_dropped)) by ``first``."""
     if num_dropped == 0:
         return {}
@@ -87,7 +87,7 @@ def measure_blocks(teacher: Any, text: Text, num_dropped: int) -> dict[int, floa
     return tried
 
 
-def mean_kl(teacher: Any, student: Any, text: Text) -> float:
+def mean_kl(teacher: Any, student: Any, text: CalibrationText) -> float:
     """Return KL(teacher || student) in nats, averaged over completion tokens."""
 
     def final(model: Any) -> tuple[Tensor, Tensor]:

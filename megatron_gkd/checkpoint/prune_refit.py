@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_gkd.checkpoint.prune_measure import Text, run_layer
+from megatron_gkd.checkpoint.prune_measure import CalibrationText, run_layer
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,9 @@ RIDGE = 1e-3
 
 
 @torch.no_grad()
-def cut_student(teacher: Any, config: Any, text: Text, dropped_layers: Sequence[int], *, refits: bool) -> Any:
+def cut_student(
+    teacher: Any, config: Any, text: CalibrationText, dropped_layers: Sequence[int], *, refits: bool
+) -> Any:
     """Build the student from the teacher without some layers and FFN channels.
 
     With ``refits`` the down projection D of each layer is fitted, on the student's own activations, to the teacher's
@@ -61,7 +63,7 @@ def _fit_layer(
     layer: Any,
     hidden: list[Tensor],
     targets: list[Tensor],
-    text: Text,
+    text: CalibrationText,
     num_channels: int,
     refits: bool,
 ) -> tuple[dict[str, Tensor], list[Tensor], tuple[float, float]]:

@@ -24,7 +24,7 @@ TOKENS_PER_CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Completion:
+class HeldOutCompletion:
     """One row of a completions file."""
 
     prompt: Messages
@@ -43,7 +43,7 @@ class HeldOutKL:
     students: dict[str, float]  # KL(teacher || student) by name
 
 
-def load_completions(file: str | Path) -> list[Completion]:
+def load_completions(file: str | Path) -> list[HeldOutCompletion]:
     """Read a file written by ``write_completions``.
 
     Raises:
@@ -53,7 +53,9 @@ def load_completions(file: str | Path) -> list[Completion]:
     if not rows or not all({"prompt_ids", "completion_ids"} <= row.keys() for row in rows):
         raise ValueError(f"{file} has no rows or rows without token ids; write it with write_completions")
     return [
-        Completion(row["prompt"], row["completion"], tuple(row["prompt_ids"]), tuple(row["completion_ids"]))
+        HeldOutCompletion(
+            row["prompt"], row["completion"], tuple(row["prompt_ids"]), tuple(row["completion_ids"])
+        )
         for row in rows
     ]
 
@@ -68,7 +70,7 @@ def write_completions(
     temperature: float = 0.0,
     batch_size: int = 32,
     seed: int = 0,
-) -> list[Completion]:
+) -> list[HeldOutCompletion]:
     """Complete chat prompts with a model, and write the completions to a file.
 
     Args:
@@ -89,14 +91,14 @@ def write_completions(
         tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts
     ]
     by_length = sorted(range(len(prompts)), key=lambda i: len(all_ids[i]))  # little padding
-    done: dict[int, Completion] = {}
+    done: dict[int, HeldOutCompletion] = {}
     for batch in _batches(by_length, batch_size):
         new_ids = _generate(
             model, [all_ids[i] for i in batch], tokenizer.eos_token_id, max_new_tokens, temperature
         )
         for i, ids in zip(batch, new_ids, strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            done[i] = Completion(prompts[i], text, tuple(all_ids[i]), tuple(ids))
+            done[i] = HeldOutCompletion(prompts[i], text, tuple(all_ids[i]), tuple(ids))
         log.info("%s completed %d of %d prompts", Path(folder).name, len(done), len(prompts))
     completions = [done[i] for i in range(len(prompts))]
     if out_file is not None:
@@ -107,7 +109,7 @@ def write_completions(
 
 @torch.no_grad()
 def held_out_kl(
-    teacher: str | Path, students: Mapping[str, str | Path], completions: Sequence[Completion]
+    teacher: str | Path, students: Mapping[str, str | Path], completions: Sequence[HeldOutCompletion]
 ) -> HeldOutKL:
     """Compute the forward KL from the teacher to each student and to the best constant.
 
@@ -155,7 +157,7 @@ def held_out_kl(
     )
 
 
-def _final_hidden(folder: str | Path, completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
+def _final_hidden(folder: str | Path, completions: Sequence[HeldOutCompletion]) -> tuple[Tensor, Tensor]:
     """Return hidden states [T, H] that predict completion tokens, and the LM head [V, H]."""
     model = _load(folder)
     head: Any = model.get_output_embeddings()
@@ -202,7 +204,7 @@ def _generate(
     return [ids[: ids.index(eos_id) + 1] if eos_id in ids else ids for ids in new]
 
 
-def _sequence(completion: Completion) -> tuple[int, ...]:
+def _sequence(completion: HeldOutCompletion) -> tuple[int, ...]:
     return completion.prompt_ids + completion.completion_ids
 
 

@@ -13,7 +13,7 @@ from megatron_gkd.serving.errors import (
 from megatron_gkd.serving.process import ServerProcess
 from megatron_gkd.serving.protocol import Completion, Sampling
 from megatron_gkd.serving.teacher_client import TeacherClient
-from megatron_gkd.serving.top_k import TopK
+from megatron_gkd.serving.top_k import TopKLogProbs
 
 __all__ = [
     "Completion",
@@ -28,5 +28,5 @@ __all__ = [
     "SglangClient",
     "StaleWeights",
     "TeacherClient",
-    "TopK",
+    "TopKLogProbs",
 ]

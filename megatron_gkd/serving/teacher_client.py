@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from megatron_gkd.serving.client import SglangClient
 from megatron_gkd.serving.errors import EngineReplyInvalid, EngineRequestInvalid, StaleWeights
 from megatron_gkd.serving.protocol import check_prompts
-from megatron_gkd.serving.top_k import TopK, parse_top_k
+from megatron_gkd.serving.top_k import TopKLogProbs, parse_top_k
 
 OUT_OF_VOCABULARY_ID = 2**31 - 1
 
@@ -75,7 +75,7 @@ class TeacherClient(SglangClient):
         self.weight_version = str(info.get("weight_version"))
         return str(info.get("model_path"))
 
-    def score_top_k(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[TopK]:
+    def score_top_k(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[TopKLogProbs]:
         """Return the teacher's top-k distribution at every position after ``starts[i]``.
 
         Args:
@@ -105,9 +105,9 @@ class TeacherClient(SglangClient):
                     raise failure
         return [future.result() for future in futures]
 
-    def _score_one(self, ids: Sequence[int], start: int) -> TopK:
+    def _score_one(self, ids: Sequence[int], start: int) -> TopKLogProbs:
         if start == len(ids) - 1:
-            return TopK.empty(self.top_k)
+            return TopKLogProbs.empty(self.top_k)
         expected_version = self._expected_version()
         reply = self._connection.post(
             "/generate",

@@ -26,7 +26,7 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopKLogProbs:
     """Next-token distributions of a model at the scored positions, cut to the top k.
 
     Attributes:
@@ -40,15 +40,15 @@ class TopK:
     token_log_probs_T: NDArray[np.float32]
 
     @classmethod
-    def empty(cls, top_k: int) -> "TopK":
+    def empty(cls, top_k: int) -> "TopKLogProbs":
         """Return zero rows."""
         no_rows = np.zeros((0, top_k), np.float32)
         return cls(no_rows.astype(np.int32), no_rows, no_rows[:, 0])
 
-    def select(self, mask_T: Sequence[bool]) -> "TopK":
+    def select(self, mask_T: Sequence[bool]) -> "TopKLogProbs":
         """Return the rows where the mask is true."""
         kept_T = np.array(mask_T, dtype=bool)
-        return TopK(self.ids_TK[kept_T], self.log_probs_TK[kept_T], self.token_log_probs_T[kept_T])
+        return TopKLogProbs(self.ids_TK[kept_T], self.log_probs_TK[kept_T], self.token_log_probs_T[kept_T])
 
 
 def parse_top_k(
@@ -59,7 +59,7 @@ def parse_top_k(
     top_k: int,
     vocab_size: int,
     expected_version: WeightVersion,
-) -> TopK:
+) -> TopKLogProbs:
     """Parse the top-k distributions at the positions of ``ids[start + 1:]``.
 
     Args:
@@ -79,7 +79,7 @@ def parse_top_k(
     check_version(0, meta, expected_version)
     token_log_probs = parse_token_log_probs(0, meta, ids[start:], vocab_size)
     _check_layout(meta, [len(token_log_probs), top_k])
-    rows = TopK(
+    rows = TopKLogProbs(
         _decode(meta, "idx", np.dtype("<i4")).reshape(-1, top_k),
         _decode(meta, "val", np.dtype("<f4")).reshape(-1, top_k),
         np.array(token_log_probs, np.float32),
@@ -115,7 +115,7 @@ def _decode(meta: dict[str, Any], name: str, dtype: np.dtype) -> NDArray:
     return np.frombuffer(data, dtype)
 
 
-def _check_distributions(rows: TopK, vocab_size: int) -> None:
+def _check_distributions(rows: TopKLogProbs, vocab_size: int) -> None:
     """Check that each row is the head of a distribution over the vocabulary."""
     # The ids here are true ids, the last one of the vocabulary included, unlike those echoed in input_token_logprobs.
     ids_TK, log_probs_TK = rows.ids_TK, rows.log_probs_TK
@@ -131,7 +131,7 @@ def _check_distributions(rows: TopK, vocab_size: int) -> None:
         _raise_first(is_wrong_TK, what, rows)
 
 
-def _check_tokens(rows: TopK, tokens_T: NDArray[np.int32]) -> None:
+def _check_tokens(rows: TopKLogProbs, tokens_T: NDArray[np.int32]) -> None:
     """Check the rows against the log-probabilities of the actual tokens."""
     # Two independent statements about one position: rows that were shifted or belong to another sequence differ.
     is_token_TK = rows.ids_TK == tokens_T[:, None]
@@ -145,7 +145,7 @@ def _check_tokens(rows: TopK, tokens_T: NDArray[np.int32]) -> None:
     )
 
 
-def _raise_first(is_wrong_TK: NDArray[np.bool_], what: str, rows: TopK) -> None:
+def _raise_first(is_wrong_TK: NDArray[np.bool_], what: str, rows: TopKLogProbs) -> None:
     wrong_rows = is_wrong_TK.nonzero()[0]
     if not len(wrong_rows):
         return

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_gkd.data.sample import Batch, MicroBatch, Sample
-from megatron_gkd.serving import EngineError, EngineTimeout, TeacherClient, TopK
+from megatron_gkd.serving import EngineError, EngineTimeout, TeacherClient, TopKLogProbs
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_SP, Split, student_groups
 from tests.support.run_parts import LENGTHS, make_batch
 from tests.support.tiny_models import PAD_ID
@@ -50,7 +50,7 @@ class AnsweringClient(TeacherClient):
     def _rows(self, ids, start):
         ids_T = np.array(ids[start + 1 :], np.int32)
         offsets_TK = np.arange(TOP_K)[None, :]
-        return TopK(
+        return TopKLogProbs(
             ids_T[:, None] + offsets_TK.astype(np.int32), _values(ids_T[:, None] + offsets_TK), _values(ids_T)
         )
 

@@ -15,7 +15,7 @@ from megatron_gkd.checkpoint.prune import (
     prune_checkpoint,
     student_config,
 )
-from megatron_gkd.checkpoint.prune_measure import CalibrationRow, Text, mean_kl, measure_blocks
+from megatron_gkd.checkpoint.prune_measure import CalibrationRow, CalibrationText, mean_kl, measure_blocks
 from megatron_gkd.checkpoint.prune_refit import add_query_groups, choose_channels, fit_ridge
 from tests.support.tiny_models import write_tiny_model
 
@@ -96,7 +96,7 @@ def test_layers_that_do_nothing_are_the_ones_dropped(tmp_path, tiny_llama):
 
 
 def test_block_search_measures_the_model_without_the_block(tiny_llama):
-    teacher, text = load(tiny_llama), Text.of(make_rows())
+    teacher, text = load(tiny_llama), CalibrationText.of(make_rows())
     tried = measure_blocks(teacher, text, 2)
 
     without = load(tiny_llama)
