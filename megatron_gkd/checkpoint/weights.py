@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_gkd.checkpoint.integrity import CheckpointError, find_damage_on_any_rank, read_manifest
 from megatron_gkd.config.hf_shapes import HfShapes
+from megatron_gkd.config.model import ModelConfig
 from megatron_gkd.models.gpt import LocalModel, chunks_of, padded_vocab_size
 from megatron_gkd.models.lora import LoraSpec, attach_adapters, merge_adapters
 from megatron_gkd.parallel.groups import ModelGroups
@@ -39,6 +40,14 @@ class WeightSource:
 
     folder: Path
     is_checkpoint: bool
+
+    @classmethod
+    def of(cls, section: ModelConfig) -> "WeightSource":
+        """The weights that a model section names."""
+        if section.checkpoint is not None:
+            return cls(section.checkpoint, is_checkpoint=True)
+        assert section.hf is not None  # the schema asks for exactly one of the two
+        return cls(section.hf, is_checkpoint=False)
 
     @property
     def hf_folder(self) -> Path:

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from megatron_gkd.platform.environment import Environment, Placeholders
 log = logging.getLogger(__name__)
 
 RANK_0_FIRST_S = 0.5
-"""How long another rank that fails waits whether rank 0 says the same."""
+"""Delay of other ranks before they report an end, so that rank 0 reports one that all ranks share."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,20 +150,20 @@ def _train(config: GkdConfig) -> int:
         try:
             lock.acquire()
         except FolderInUseError as error:
-            return _refuse(str(error), None)  # status.json is the other run's
+            return _refuse(str(error), None)  # status.json belongs to the other run
         _note_start(config)
     placeholders = Placeholders(config.train.output_dir, f"rank_{rank}")
     environment = Environment.of(config.runtime.env_vars, placeholders)
     environment.make_folders()
     environment.apply()
-    # imported here: torch reads the environment, --check needs no torch, and dist_checkpointing's helper process imports
-    # this module again
+    # Imported here: torch reads the environment when it is imported, --check works without torch, and the helper process
+    # of dist_checkpointing imports this module again.
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from megatron_gkd.observability.log import configure_logging
     from megatron_gkd.observability.run_folder import StopFile
 
-    if rank == 0:  # at once: a file written while the models load is meant for this start
+    if rank == 0:  # before the models load: a stop file written meanwhile is meant for this start
         StopFile(config.train.output_dir).clear()
     configure_logging(config.logging.level, rank, Path(placeholders.fill(config.runtime.log_file)))
     environment.report()
@@ -170,6 +171,7 @@ def _train(config: GkdConfig) -> int:
 
 
 def _train_or_report(config: GkdConfig, rank: int) -> int:
+    """Train, and record in ``status.json`` how it ended; returns the exit code."""
     from megatron_gkd.platform.device import prepare_process
 
     try:
@@ -179,56 +181,58 @@ def _train_or_report(config: GkdConfig, rank: int) -> int:
     from megatron_gkd.checkpoint.integrity import CheckpointError
     from megatron_gkd.data.tokenizer import DataError
     from megatron_gkd.losses.certificate import CertificateError
-    from megatron_gkd.train.main import Run
+    from megatron_gkd.train.lifecycle import StopRequest
+    from megatron_gkd.train.setup import build_trainer
 
-    run = Run(config, platform)
-    try:
-        run.prepare()
-    except (ConfigError, DataError, CheckpointError, CertificateError) as error:
-        code = _refuse(str(error), config)
-        run.close()
-        return code
-    except BaseException as error:
-        _note_end(config, "failed", run.iteration, f"{type(error).__name__}: {error}")
-        run.close()
-        raise
-    try:
-        outcome = run.train()
-    except BaseException as error:
-        _note_end(config, "failed", run.iteration, f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        run.close()
-    log.info("%s after iteration %d: %s", outcome, run.iteration, config.train.output_dir)
+    stop = StopRequest(config.train.output_dir)
+    stop.listen()
+    # closed after the end is noted: other ranks fail by the closed connections, and would note those as the cause
+    with ExitStack() as cleanup:
+        try:
+            trainer = build_trainer(config, platform, cleanup)
+        except (ConfigError, DataError, CheckpointError, CertificateError) as error:
+            return _refuse(str(error), config)
+        except BaseException as error:
+            _note_end(config, "failed", 0, f"{type(error).__name__}: {error}")
+            raise
+        try:
+            outcome = trainer.train(stop)
+        except BaseException as error:
+            _note_end(config, "failed", trainer.state.iteration, f"{type(error).__name__}: {error}")
+            raise
+    log.info("%s after iteration %d: %s", outcome, trainer.state.iteration, config.train.output_dir)
     return 0
 
 
 def _refuse(message: str, config: GkdConfig | None) -> int:
-    """Say why; with a configuration in ``status.json``, too.
+    """Print the reason, and write it to ``status.json`` if a configuration is given; returns the exit code.
 
-    Ranks mostly refuse alike, and rank 0 speaks for all. What only another rank finds (a file that its node lacks, a device that
-    is not there) is said by that rank, or before the run has a folder by the first of each node.
+    All ranks usually refuse for the same reason, which rank 0 prints. A reason that another rank alone finds (a file or a
+    device missing on its node) is printed by that rank; before the run has a folder, by the first rank of each node.
     """
-    speaks = config is not None and _note_end(config, "refused", 0, message)
+    is_recorded = config is not None and _note_end(config, "refused", 0, message)
     if _rank() == 0:
         sys.stderr.write(f"refused: {message}\n")
-    elif speaks or (config is None and os.environ.get("LOCAL_RANK") == "0"):
+        return REFUSED
+    if is_recorded or (config is None and os.environ.get("LOCAL_RANK") == "0"):
         sys.stderr.write(f"refused: {_place()}: {message}\n")
+    elif config is None:
+        time.sleep(RANK_0_FIRST_S)  # torchrun ends rank 0 as soon as another rank has ended
     return REFUSED
 
 
 def _note_start(config: GkdConfig) -> None:
-    """From here on ``status.json`` is about this start."""
+    """Replace the status of an earlier start."""
     file = StatusFile(config.train.output_dir)
     before = _read_status(file)
     file.write("running", before.iteration if before else 0, "starting")
 
 
 def _note_end(config: GkdConfig, state: Literal["refused", "failed"], iteration: int, reason: str) -> bool:
-    """Note how the run ended, unless another rank has told; whether this rank is the one to tell.
+    """Write the final status unless another rank did; return whether this rank reports the end.
 
-    The first to fail knows the cause, the others often only that a connection was lost. Where all fail alike, rank 0 speaks.
-    While rank 0 does not hold the folder, its files are another run's.
+    The first rank that fails has the cause, later ones often only a lost connection. If all fail alike, rank 0 writes.
+    While rank 0 does not hold the folder's lock, the files there belong to another run, and nothing is written.
     """
     if _rank() > 0:
         time.sleep(RANK_0_FIRST_S)

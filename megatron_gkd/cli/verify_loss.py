@@ -125,7 +125,7 @@ def _cases(options: argparse.Namespace, tp_size: int, device: "torch.device") ->
 def _as_trained(config: GkdConfig, tp_size: int, dp_size: int, device: "torch.device") -> GkdConfig:
     """The configuration at TP ``tp_size``, with the loss back end that the trainer would select."""
     from megatron_gkd.train.backend import with_backend
-    from megatron_gkd.train.inputs import build_tokenizer, with_iterations
+    from megatron_gkd.train.setup import build_tokenizer, with_iterations
 
     if config.train.epochs:
         config = with_iterations(config, build_tokenizer(config))

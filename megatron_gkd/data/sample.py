@@ -222,6 +222,28 @@ class Batch:
         return cls(samples)
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How a rank cuts its share of a batch into micro-batches; arguments as those of ``Batch.micro_batches``."""
+
+    micro_batch_size: int
+    dp_rank: int
+    dp_size: int
+    pad_id: int
+    multiple_of: int
+    """The padded length is a multiple of it, so that sequence parallelism can split the positions."""
+
+    def micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """This rank's micro-batches, padded to the longest sequence of the batch."""
+        return batch.micro_batches(
+            self.micro_batch_size,
+            dp_rank=self.dp_rank,
+            dp_size=self.dp_size,
+            seq_length=batch.padded_length(self.multiple_of),
+            pad_id=self.pad_id,
+        )
+
+
 def _sample_from_json(fields: Mapping[str, Any]) -> Sample:
     # JSON has no tuples; samples are hashable values and need them back.
     values: dict[str, Any] = {

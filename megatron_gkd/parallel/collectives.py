@@ -87,14 +87,11 @@ def reduce_values(
                 raise ValueError(f"unknown reduction {kind!r}; use sum, mean, max, min or rank0")
     sums = iter(_all_reduce(added, dist.ReduceOp.SUM, device, group))
     peaks = iter(_all_reduce(largest, dist.ReduceOp.MAX, device, group))
-    finish = {
-        "sum": lambda: next(sums),
-        "rank0": lambda: next(sums),
-        "mean": lambda: next(sums) / size,
-        "max": lambda: next(peaks),
-        "min": lambda: -next(peaks),
-    }
-    return [finish[kind]() for kind in how]
+    reduced = []
+    for kind in how:
+        value = next(peaks if kind in ("max", "min") else sums)
+        reduced.append(value / size if kind == "mean" else -value if kind == "min" else value)
+    return reduced
 
 
 def any_rank(flag: bool, *, device: torch.device, group: dist.ProcessGroup | None = None) -> bool:

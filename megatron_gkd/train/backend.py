@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_gkd.config import GkdConfig
+from megatron_gkd.config import ConfigError, GkdConfig
 from megatron_gkd.models.gpt import ShardedModel
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,18 @@ def with_backend_of(config: GkdConfig, student: ShardedModel, device: torch.devi
         vocab_size=student.shapes.vocab_size,
         device=device,
     )
+
+
+def require_loss_backend(config: GkdConfig, device: torch.device) -> None:
+    """Refuse a loss that this device cannot compute.
+
+    Raises:
+        ConfigError: Names the key.
+    """
+    if config.loss.backend == "triton" and device.type == "cpu":
+        raise ConfigError(
+            "loss.backend=triton needs a GPU, and no CUDA device is visible; set loss.backend=auto"
+        )
 
 
 def _choose_on_cpu(config: GkdConfig, tp_size: int, dp_size: int, vocab_size: int) -> Choice:

@@ -1,10 +1,10 @@
-"""Two iterations on synthetic batches of the largest shapes: does the run fit, and how long will an update take?"""
+"""Two iterations on synthetic batches of the largest shapes: memory and time of an update."""
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
-import torch.distributed as dist
 
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.data.sample import Batch, Sample
@@ -13,14 +13,8 @@ from megatron_gkd.parallel.collectives import reduce_values
 from megatron_gkd.parallel.groups import Job
 from megatron_gkd.platform.device import Platform
 from megatron_gkd.platform.kernels import detect_kernels
-from megatron_gkd.train.backend import with_backend_of
-from megatron_gkd.train.build import (
-    build_student,
-    build_teacher,
-    make_micro_batches,
-)
-from megatron_gkd.train.inputs import build_tokenizer, with_iterations
-from megatron_gkd.train.preconditions import require_loss_backend, require_teacher
+from megatron_gkd.train import setup
+from megatron_gkd.train.backend import require_loss_backend, with_backend_of
 from megatron_gkd.train.step import attach_signals, train_step
 
 log = logging.getLogger(__name__)
@@ -33,9 +27,9 @@ STAGES = ("teacher", "student")
 def dry_run(config: GkdConfig, platform: Platform) -> str:
     """Build student and teacher, update the student twice, write nothing. Collective.
 
-    Every sample has ``data.max_prompt_length`` + ``rollout.max_new_tokens`` tokens, and for the teacher as many as its own
-    prompts may have: no iteration of the run has more tokens. Completions count in the loss; of conversations from data earlier
-    turns of the assistant do, too, and the loss then takes more time, not more memory.
+    Every sample has ``data.max_prompt_length`` + ``rollout.max_new_tokens`` tokens, and for the teacher its longest prompt: no
+    iteration of the run has more tokens. Completions count in the loss. In conversations from data, earlier turns of the
+    assistant count too; the loss then takes more time, not more memory.
 
     Args:
         config: Checked configuration.
@@ -46,30 +40,31 @@ def dry_run(config: GkdConfig, platform: Platform) -> str:
 
     Raises:
         DataError: Student and teacher have different vocabularies.
-        ConfigError: The teacher's server does not answer or serves something else.
+        ConfigError: The teacher's server does not answer or serves another model.
         CheckpointError: A model's checkpoint is damaged.
     """
-    tokenizer = build_tokenizer(config)
-    config = with_iterations(config, tokenizer)
-    require_loss_backend(config, platform.device)
-    require_teacher(config, tokenizer)
+    tokenizer = setup.build_tokenizer(config)
+    config = setup.with_iterations(config, tokenizer)
     job = Job.of_process(platform, detect_kernels(on_cpu=platform.is_cpu))
-    job.join()
-    try:
-        student = build_student(config, job)
+    require_loss_backend(config, platform.device)
+    setup.check_teacher(config, job, tokenizer)
+    with ExitStack() as cleanup:
+        setup.join(job, cleanup)
+        student = setup.build_student(config, job)
         config = with_backend_of(config, student, job.device)
-        teacher, teacher_head_VH = build_teacher(config, job, student, tokenizer.pad_id)
+        teacher = setup.build_teacher(config, job, tokenizer, student)
+        sharding = setup.build_sharding(config, student.groups, tokenizer.pad_id)
         seconds = []
         for iteration in range(NUM_ITERATIONS):
             batch = largest_batch(config, student.shapes.vocab_size, seed=iteration)
-            micro_batches = make_micro_batches(config, student.groups, batch, tokenizer.pad_id)
+            micro_batches = sharding.micro_batches(batch)
             timers = Timers(platform.synchronize)
             with timers("teacher"):
                 signals = teacher.score(batch, micro_batches)
             with timers("student"):
                 student.schedule.set_iteration(iteration)
                 scored = attach_signals(batch, micro_batches, signals)
-                train_step(student, teacher_head_VH, scored, config.loss)
+                train_step(student, teacher.head_VH, scored, config.loss)
             slowest = reduce_values(
                 [timers.seconds[stage] for stage in STAGES], ["max"] * len(STAGES), device=job.device
             )
@@ -77,13 +72,11 @@ def dry_run(config: GkdConfig, platform: Platform) -> str:
             log.info("Dry iteration %d of %d took %.1f s", iteration + 1, NUM_ITERATIONS, sum(slowest))
         own_peak = [platform.peak_memory_bytes() * (rank == job.rank) for rank in range(job.size)]
         peaks = reduce_values(own_peak, ["sum"] * job.size, device=job.device)
-    finally:
-        dist.destroy_process_group()
     return _report(config, seconds, peaks)
 
 
 def largest_batch(config: GkdConfig, vocab_size: int, seed: int) -> Batch:
-    """Random ids in as many and as long samples as an iteration can have."""
+    """Random ids in the most and longest samples that an iteration can have."""
     generator = torch.Generator().manual_seed(seed)
     shape = (config.train.global_batch_size, config.seq_length)
     rows = torch.randint(vocab_size, shape, generator=generator).tolist()

@@ -21,8 +21,8 @@ from megatron_gkd.losses.softmax import Group
 from megatron_gkd.models.gpt import padded_vocab_size
 from megatron_gkd.parallel.collectives import any_rank
 from megatron_gkd.parallel.groups import ModelGroups
-from megatron_gkd.teacher.signal import Signal, TopKSignal
-from megatron_gkd.train.build import DTYPES
+from megatron_gkd.platform.device import DTYPES
+from megatron_gkd.teacher.base import Signal, TopKSignal
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""One update of the student: Megatron's schedule with the distillation loss on its last stage, then the optimizer.
+"""One update of the student: Megatron's schedule with the distillation loss on the last stage, then the optimizer.
 
 Shapes: B = sequences of a micro-batch, S = positions, T = rows that enter the loss, H = hidden size, V = vocabulary
 entries of this rank.
@@ -12,26 +12,55 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_gkd.config.loss import LossConfig
 from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.losses.chunked import Layer
-from megatron_gkd.models.gpt import head_weight, select_rows
+from megatron_gkd.models.gpt import ShardedModel, head_weight, select_rows
 from megatron_gkd.models.pipeline import evaluate_schedule, train_schedule
-from megatron_gkd.optim.optimizer import has_finite_gradients, main_grad_adder, zero_gradients
+from megatron_gkd.optim.optimizer import (
+    LearningRateSchedule,
+    has_finite_gradients,
+    main_grad_adder,
+    zero_gradients,
+)
 from megatron_gkd.parallel.collectives import any_rank, reduce_values
-from megatron_gkd.teacher.signal import Signal
-from megatron_gkd.train.build import Student
+from megatron_gkd.reshard.layout import WeightLayout
+from megatron_gkd.teacher.base import Signal
 from megatron_gkd.train.loss import DETAILS, compute_loss
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Student(ShardedModel):
+    """The model that learns, and what trains it.
+
+    Attributes:
+        ddp: This rank's part, wrapped for data parallelism chunk by chunk.
+        optimizer: Megatron's optimizer over it.
+        schedule: Learning rate by iteration.
+    """
+
+    ddp: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    schedule: LearningRateSchedule
+
+    @property
+    def weights(self) -> WeightLayout:
+        """The weights as slices of Hugging Face tensors."""
+        return WeightLayout(self.shapes, self.groups.layout, self.model.vocab_size)
+
+
+@dataclass(frozen=True)
 class ScoredMicroBatch:
-    """A micro-batch with the teacher's signal (``None`` off the student's last stage, or without a teacher) and its
-    on-policy rows."""
+    """A micro-batch with its on-policy rows and the teacher's signal.
+
+    ``signal`` is ``None`` off the student's last stage, and without a teacher.
+    """
 
     tokens_BS: Tensor
     position_ids_BS: Tensor
@@ -42,14 +71,14 @@ class ScoredMicroBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an update did.
+    """The outcome of an update.
 
     Attributes:
         on_policy_loss_sum: Loss in nats summed over this rank's on-policy tokens; 0 off the last stage.
         off_policy_loss_sum: The same for the other tokens.
         grad_norm: Global norm of the gradient before clipping; NaN if the update was skipped.
-        is_skipped: The gradients were not finite on some rank, so no rank changed anything.
-        details: Means over all tokens of what the loss tells beside its value, equal on all ranks; names in ``DETAILS``.
+        is_skipped: A gradient was not finite on some rank, so no rank changed its weights.
+        details: Token means of the auxiliary loss metrics, equal on all ranks; names in ``DETAILS``.
     """
 
     on_policy_loss_sum: float
@@ -84,17 +113,18 @@ def train_step(
 ) -> StepResult:
     """Forward, backward and update; collective over all ranks.
 
-    The gradient is that of the loss summed over all completion tokens of the global batch, divided by their number.
+    The gradient is that of the loss summed over all loss tokens of the global batch, divided by their number.
     """
     zero_gradients(student.ddp, student.optimizer)
     loss = partial(_distill, student=student, teacher_head_VH=teacher_head_VH, config=config)
     reports = train_schedule(student.ddp, student.model.config, student.groups, scored, loss)
-    on_policy, off_policy = _loss_sums(reports, student)
+    on_policy, off_policy = _own_sums(reports, student, "loss_sums", 2)
     device = next(student.model.parameters()).device
     details = _mean_details(reports, student, device)
     is_bad = not (
         has_finite_gradients(student.ddp) and math.isfinite(on_policy) and math.isfinite(off_policy)
     )
+    # agreed before the optimizer changes anything: ranks that step alone would no longer hold the same model
     if any_rank(is_bad, device=device):
         return StepResult(on_policy, off_policy, float("nan"), is_skipped=True, details=details)
     outcome: Any = student.optimizer.step()
@@ -105,20 +135,17 @@ def train_step(
 def evaluate_step(
     student: Student, teacher_head_VH: Tensor | None, scored: Sequence[ScoredMicroBatch], config: LossConfig
 ) -> float:
-    """This rank's part of the loss of a batch, in nats summed over tokens; no gradient. Collective over all ranks."""
+    """This rank's part of a batch's loss, in nats summed over tokens, without gradient. Collective over all ranks."""
     loss = partial(_distill, student=student, teacher_head_VH=teacher_head_VH, config=config)
     reports = evaluate_schedule(student.model, student.model.config, student.groups, scored, loss)
-    return sum(_loss_sums(reports, student))
+    return sum(_own_sums(reports, student, "loss_sums", 2))
 
 
-def _loss_sums(reports: Sequence[dict[str, Tensor]], student: Student) -> tuple[float, float]:
-    """(on-policy, off-policy) loss of this rank; 0 off the last stage, and on all but one of its tensor-parallel ranks,
-    so that the sum over all ranks is the loss."""
-    on_policy, off_policy = _own_sum(reports, student, "loss_sums_2", 2)
-    return on_policy, off_policy
+def _own_sums(reports: Sequence[dict[str, Tensor]], student: Student, name: str, size: int) -> list[float]:
+    """This rank's sums over its micro-batches.
 
-
-def _own_sum(reports: Sequence[dict[str, Tensor]], student: Student, name: str, size: int) -> list[float]:
+    0 off the last stage and on all but one of its tensor-parallel ranks, so that a sum over all ranks counts every copy once.
+    """
     if not reports or student.groups.tp_rank != 0:
         return [0.0] * size
     return torch.stack([report[name] for report in reports]).sum(0).tolist()
@@ -140,7 +167,7 @@ def _distill(
         group=student.groups.pg.tp,
     )
     labels_T = micro_batch.tokens_BS.to(hidden_BSH.device).roll(-1, dims=1)[mask_BS]
-    # a micro-batch without rows goes through the same graph, so that collectives match on all ranks
+    # a micro-batch without rows takes the same path, so that collectives match on all ranks
     head_VH = head_weight(student.model)
     result, names = compute_loss(
         Layer(rows_TH, head_VH),
@@ -156,12 +183,12 @@ def _distill(
     is_on_policy_T = micro_batch.is_on_policy_T.to(loss_T.device)
     sums_2 = torch.stack([(loss_T * is_on_policy_T).sum(), (loss_T * ~is_on_policy_T).sum()])
     num_tokens = torch.tensor(rows_TH.shape[0], dtype=torch.int, device=rows_TH.device)
-    report = {"loss_sums_2": sums_2.detach(), "detail_sums": _sum_details(result.details_TP, names)}
+    report = {"loss_sums": sums_2.detach(), "detail_sums": _sum_details(result.details_TP, names)}
     return result.total, num_tokens, report
 
 
 def _sum_details(details_TP: Tensor, names: Sequence[str]) -> Tensor:
-    """[2 * len(DETAILS)] sum over tokens and number of tokens of each entry of ``DETAILS``; 0 for those not told."""
+    """[2 * len(DETAILS)] sum over tokens and number of tokens of each entry of ``DETAILS``; 0 for absent ones."""
     sums = details_TP.new_zeros(len(DETAILS), 2)
     for name, detail_T in zip(names, details_TP.unbind(-1), strict=True):
         sums[list(DETAILS).index(name)] = torch.stack([detail_T.sum(), torch.ones_like(detail_T).sum()])
@@ -172,7 +199,7 @@ def _mean_details(
     reports: Sequence[dict[str, Tensor]], student: Student, device: torch.device
 ) -> dict[str, float]:
     """Means over the tokens of all ranks; collective."""
-    own = _own_sum(reports, student, "detail_sums", 2 * len(DETAILS))
+    own = _own_sums(reports, student, "detail_sums", 2 * len(DETAILS))
     totals = reduce_values(own, ["sum"] * len(own), device=device)
     return {
         name: total / count

@@ -328,18 +328,26 @@ class Progress:
     """Loader and counters of a run that takes all completions from data."""
 
     def __init__(self, config):
-        from megatron_gkd.train.inputs import build_prompts, build_tokenizer
-        from megatron_gkd.train.state import TrainState
+        from megatron_gkd.train.lifecycle import TrainState
+        from megatron_gkd.train.setup import build_prompts, build_tokenizer
 
         self.config, self.state = config, TrainState()
         self.loader = build_prompts(config, build_tokenizer(config))
 
     def next_batch(self):
-        from megatron_gkd.train.collect import collect_batch
+        from megatron_gkd.rollout.mixing import collect_batch
 
         engine: Any = None  # nothing is generated
-        options = {"global_batch_size": 8, "num_samples": 1, "lmbda": 0.0, "seed": self.config.train.seed}
-        batch = collect_batch(self.loader, engine, self.state, **options)
+        batch = collect_batch(
+            self.loader,
+            engine,
+            iteration=self.state.iteration,
+            consumed_samples=self.state.consumed_samples,
+            global_batch_size=8,
+            num_samples=1,
+            lmbda=0.0,
+            seed=self.config.train.seed,
+        )
         self.state.iteration += 1
         self.state.consumed_samples += len(batch.samples)
         return batch

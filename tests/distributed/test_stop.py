@@ -6,7 +6,7 @@ from pathlib import Path
 def check_agreement(rank: int, world_size: int, folder: Path) -> None:
     import torch
 
-    from megatron_gkd.train.stop import StopRequest
+    from megatron_gkd.train.lifecycle import StopRequest
 
     own = folder / f"as_seen_by_rank_{rank}"
     own.mkdir()

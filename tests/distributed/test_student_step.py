@@ -207,7 +207,7 @@ def _train(rank: int, world_size: int, config_files: list[Path]) -> None:
 
 def _train_on_entries(rank: int, world_size: int, full_file: Path, entries_file: Path) -> None:
     from megatron_gkd.config import load_config
-    from megatron_gkd.teacher.signal import TopKSignal
+    from megatron_gkd.teacher.base import TopKSignal
     from tests.support.on_ranks import gather_vocabulary
 
     results = []

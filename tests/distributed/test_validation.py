@@ -106,7 +106,7 @@ def _validate_and_train(rank: int, world_size: int, config_files: list[Path]) ->
 
 
 def _run(config, rank: int, world_size: int, *, with_validation: bool):
-    from megatron_gkd.train.collect import sample_from_data
+    from megatron_gkd.rollout.mixing import sample_from_data
 
     student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
     # six rows fill the batch of eight with two more
@@ -115,13 +115,13 @@ def _run(config, rank: int, world_size: int, *, with_validation: bool):
     values = {}
     if with_validation:
         before, random_state = copy_of(student.model), torch.get_rng_state()
-        values = _measure(config, student, teacher, head_VH)
+        values = _measure(config, student, teacher)
         assert student.model.training
         assert torch.equal(torch.get_rng_state(), random_state)
         assert all(torch.equal(p, before[name]) for name, p in student.model.named_parameters())
     result, values["training"] = update(student, teacher, head_VH, batch, 0, config)
     if with_validation:
-        values["after the update"] = _measure(config, student, teacher, head_VH)["validation"]
+        values["after the update"] = _measure(config, student, teacher)["validation"]
     weights = copy_of(student.model)
     leave()
     return values, result, weights
@@ -133,14 +133,16 @@ def _without_loss(sample):
     return replace(sample, completion_ids=(), prompt_loss_mask=())
 
 
-def _measure(config, student, teacher, head_VH) -> dict[str, float]:
+def _measure(config, student, teacher) -> dict[str, float]:
     """Over batches of four, so that the second one is filled up."""
     from megatron_gkd.observability.metrics import Metrics
     from megatron_gkd.parallel.collectives import reduce_values
-    from megatron_gkd.train.validation import Validation
+    from megatron_gkd.train.evaluation import Evaluation
+    from megatron_gkd.train.setup import build_sharding
 
     metrics = Metrics()
-    Validation(_prompts(), config, PAD_ID).measure(student, teacher, head_VH, metrics)
+    sharding = build_sharding(config, student.groups, PAD_ID)
+    Evaluation(_prompts(), config, sharding).measure(student, teacher, metrics)
     loss, tokens = metrics.take()
     assert (loss.name, loss.unit, loss.reduce) == ("validation/loss", "nats/token", "sum")
     assert tokens.name == "validation/tokens"

@@ -8,5 +8,5 @@ import importlib
 from megatron_gkd.platform.cpu import install
 
 install()  # before megatron is imported
-for name in ("megatron_gkd.checkpoint.hf", "megatron_gkd.train.loop", "tests.support.on_ranks"):
+for name in ("megatron_gkd.checkpoint.hf", "megatron_gkd.train.setup", "tests.support.on_ranks"):
     importlib.import_module(name)

@@ -1,6 +1,7 @@
 """The parts of a run in the ranks of the pool: models, batches, steps, checkpoints."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_gkd.data.sample import Batch, Sample
@@ -35,10 +36,12 @@ def make_world(rank: int, world_size: int) -> Any:
 
 def build_parts(config: Any, world: Any) -> tuple[Any, Any, Any]:
     """(student, teacher, shard of the teacher's head). Collective."""
-    from megatron_gkd.train.build import build_student, build_teacher
+    from megatron_gkd.train.setup import build_student, build_teacher
 
     student = build_student(config, world)
-    return student, *build_teacher(config, world, student, PAD_ID)
+    tokenizer: Any = SimpleNamespace(pad_id=PAD_ID)
+    teacher = build_teacher(config, world, tokenizer, student)
+    return student, teacher, teacher.head_VH
 
 
 def export_gradients(student: Any, file: Path) -> None:

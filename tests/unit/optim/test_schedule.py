@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_gkd.config.optim import OptimConfig
-from megatron_gkd.optim.schedule import LearningRateSchedule
+from megatron_gkd.optim.optimizer import LearningRateSchedule
 
 ITERS = 20
 

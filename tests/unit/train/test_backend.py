@@ -12,8 +12,7 @@ import torch
 from megatron_gkd.config import ConfigError, load_config
 from megatron_gkd.config.loss import Backend
 from megatron_gkd.losses.kernels import BACKENDS
-from megatron_gkd.train.backend import with_backend
-from megatron_gkd.train.preconditions import require_loss_backend
+from megatron_gkd.train.backend import require_loss_backend, with_backend
 from tests.unit.config.conftest import config_file, tree
 
 __all__ = ["config_file", "tree"]

@@ -9,8 +9,7 @@ import torch
 from megatron_gkd.config import LossConfig
 from megatron_gkd.losses.chunked import Layer
 from megatron_gkd.losses.reference import dense_cross_entropy, dense_divergence
-from megatron_gkd.teacher.engine import NoTeacher
-from megatron_gkd.teacher.signal import HiddenSignal, TopKSignal
+from megatron_gkd.teacher.base import HiddenSignal, NoTeacher, TopKSignal
 from megatron_gkd.train.loss import DETAILS, compute_loss, lost_mass_warning
 from tests.support.loss_cases import make_labels, make_linear_inputs
 

@@ -5,10 +5,10 @@ import torch
 
 from megatron_gkd.data.sample import Batch, Sample
 from megatron_gkd.rollout.weight_sync import MAX_PROBE_SEQUENCES, MAX_PROBE_TOKENS, probe_sequences
-from megatron_gkd.teacher.signal import HiddenSignal
-from megatron_gkd.train.state import TrainState
+from megatron_gkd.teacher.base import HiddenSignal
+from megatron_gkd.train.evaluation import own_draws
+from megatron_gkd.train.lifecycle import TrainState
 from megatron_gkd.train.step import attach_signals
-from megatron_gkd.train.validation import own_draws
 
 COMPLETIONS = (2, 0, 1, 3, 2, 1)
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_gkd.config import load_config
 from megatron_gkd.data.streams import MixedPrompts, PromptLoader, StreamedPrompts
 from megatron_gkd.data.tokenizer import DataError
-from megatron_gkd.train.inputs import (
+from megatron_gkd.train.setup import (
     build_prompts,
     build_tokenizer,
     build_validation_prompts,

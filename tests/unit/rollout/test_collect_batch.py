@@ -3,9 +3,9 @@
 import pytest
 
 from megatron_gkd.data.sample import Prompt
+from megatron_gkd.rollout.mixing import collect_batch
 from megatron_gkd.serving.protocol import Completion
-from megatron_gkd.train.collect import collect_batch
-from megatron_gkd.train.state import TrainState
+from megatron_gkd.train.lifecycle import TrainState
 
 
 class StandInLoader:
@@ -36,7 +36,8 @@ def collect(lmbda: float, state: TrainState, num_samples: int = 2, loader=None, 
     return collect_batch(
         loader or StandInLoader(),
         engine or StandInEngine(),
-        state,
+        iteration=state.iteration,
+        consumed_samples=state.consumed_samples,
         global_batch_size=8,
         num_samples=num_samples,
         lmbda=lmbda,
