@@ -180,7 +180,7 @@ def _train_or_report(config: GkdConfig, rank: int) -> int:
         return _refuse(str(error), config)
     from megatron_gkd.checkpoint.integrity import CheckpointError
     from megatron_gkd.data.tokenizer import DataError
-    from megatron_gkd.losses.certificate import CertificateError
+    from megatron_gkd.losses.verify.certificate import CertificateError
     from megatron_gkd.train.lifecycle import StopRequest
     from megatron_gkd.train.setup import build_trainer
 

@@ -16,9 +16,6 @@ from megatron_gkd.config import GkdConfig, load_config, load_hf_shapes
 if TYPE_CHECKING:
     import torch
 
-TAILED_SUPPORTS = ("teacher_top_k", "student_top_k", "union")
-TAILS = ("bucket", "renormalize", "none")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``tools/verify_loss.py``; return 0 if every loss is within its tolerance."""
@@ -88,7 +85,7 @@ def _certify_on_rank(rank: int, tp_size: int, folder: Path, options: argparse.Na
     import torch
     import torch.distributed as dist
 
-    from megatron_gkd.losses.certificate import certify
+    from megatron_gkd.losses.verify.certificate import certify
     from megatron_gkd.platform.device import prepare_process
 
     torch.set_num_threads(1)
@@ -107,18 +104,19 @@ def _certify_on_rank(rank: int, tp_size: int, folder: Path, options: argparse.Na
 def _cases(options: argparse.Namespace, tp_size: int, device: "torch.device") -> list[Any]:
     import torch
 
-    from megatron_gkd.losses.certificate import Case
+    from megatron_gkd.losses.verify.problem import every_case
 
     if options.config:
-        from megatron_gkd.train.loss import case_of_run
+        from megatron_gkd.train.loss import cases_of_run
 
-        return [case_of_run(_as_trained(load_config(options.config), tp_size, options.dp, device))]
+        config = _as_trained(load_config(options.config), tp_size, options.dp, device)
+        return cases_of_run(config, device)
     dtypes = [{"fp32": torch.float32, "bf16": torch.bfloat16}[name] for name in options.dtype]
     return [
-        Case(dtype=dtype, tokens_per_chunk=tokens_per_chunk, **how)
+        case
         for dtype in dtypes
         for tokens_per_chunk in options.tokens_per_chunk
-        for how in _losses(options.divergence)
+        for case in every_case(options.divergence, dtype=dtype, tokens_per_chunk=tokens_per_chunk)
     ]
 
 
@@ -140,37 +138,6 @@ def _as_trained(config: GkdConfig, tp_size: int, dp_size: int, device: "torch.de
     )
 
 
-def _losses(names: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Every supported loss, or those of the divergences ``names``."""
-    from megatron_gkd.losses import DIVERGENCES
-    from megatron_gkd.losses.estimators import ESTIMATORS
-    from megatron_gkd.losses.objective import Objective
-
-    losses: list[dict[str, Any]] = []
-    for name in names or DIVERGENCES:
-        losses.append({"objective": Objective(divergence=name)})
-        losses.append({"objective": Objective(divergence=name), "sft_weight": 0.3})
-        if name == "adaptive_kl":
-            continue
-        losses.append({"objective": Objective(divergence=name, support="sampled")})
-        for support in TAILED_SUPPORTS:
-            objectives = [Objective(divergence=name, support=support, tail=tail) for tail in TAILS]
-            losses += [{"objective": objective} for objective in objectives]
-            if support == "teacher_top_k":
-                losses += [{"objective": objective, "from_entries": True} for objective in objectives]
-    if names is None or "reverse_kl" in names:
-        losses += [
-            {
-                "objective": Objective(
-                    divergence="reverse_kl", support="token", estimator=estimator, policy_gradient=is_reward
-                )
-            }
-            for estimator in ESTIMATORS
-            for is_reward in (False, True)
-        ]
-    return losses if names else [*losses, {"objective": None, "sft_weight": 1.0}]
-
-
 def _row(certificate: Any) -> dict[str, Any]:
     case, (value_bound, gradient_bound) = certificate.case, certificate.bounds
     return {
@@ -178,7 +145,7 @@ def _row(certificate: Any) -> dict[str, Any]:
         "dtype": str(case.dtype).removeprefix("torch."),
         "tp": certificate.tp_size,
         "tokens_per_chunk": case.tokens_per_chunk,
-        "backend": None if case.objective is None else case.objective.backend,
+        "backend": None if case.settings is None else case.settings.backend,
         "value_error": certificate.value_error,
         "student_error": certificate.student_error,
         "head_error": certificate.head_error,

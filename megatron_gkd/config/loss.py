@@ -17,16 +17,16 @@ Divergence = Literal[
     "tvd",
 ]
 
+Support = Literal["full", "teacher_top_k", "student_top_k", "union", "sampled", "token"]
 
 Backend = Literal["auto", "eager", "compiled", "triton"]
 
 
-class LossConfig(Config):
-    """Which divergence pulls the student towards the teacher, and on which entries of the vocabulary."""
+class LossSettings(Config):
+    """A divergence between teacher and student, and how it is computed: keyword arguments of the public loss functions."""
 
-    divergence: Divergence = "forward_kl"
-    """forward_kl covers all modes of the teacher, reverse_kl seeks one, jsd, the skewed, mixed and adaptive forms lie
-    between, tvd is the total variation; formulas in docs/losses.md."""
+    divergence: str = "forward_kl"
+    """A name in ``losses.DIVERGENCES``; the loss section has its own list, because it loads without torch."""
     beta: float = Field(default=0.5, ge=0, le=1)
     """Weight of the teacher in the mixture of jsd; 0 is exactly forward_kl and 1 exactly reverse_kl."""
     alpha: float = Field(default=0.1, ge=0, lt=1)
@@ -42,42 +42,32 @@ class LossConfig(Config):
     max_token_loss: float | None = Field(default=None, gt=0)
     """Largest divergence of one token in nats, before temperature squared; a token beyond it counts as this much and
     has gradient 0. null: no limit."""
-    support: Literal["full", "teacher_top_k", "student_top_k", "union", "sampled", "token"] = "full"
+    support: Support = "full"
     """Entries of the vocabulary that the divergence is computed on: all, the most probable ones of the teacher, of the
     student or of either, a random sample that estimates all without bias, or the sampled token alone. A teacher that
-    sends its top-k knows teacher_top_k and token only."""
+    sends its top-k supports teacher_top_k and token only."""
     top_k: int = Field(default=64, ge=1)
     """Entries of teacher_top_k and student_top_k, of each model in union, and those that sampled takes exactly."""
     num_draws: int = Field(default=16, ge=2)
-    """Entries that sampled draws from the rest of the vocabulary."""
+    """Entries that sampled draws from the rest; at least 2, to estimate the variance."""
     tail: Literal["bucket", "renormalize", "none"] = "bucket"
-    """What becomes of the entries outside a top-k: one bucket for all of them, distributions over the top-k alone, or
-    nothing."""
+    """Treatment of the entries outside a top-k: one bucket for all of them, distributions over the top-k alone, or
+    left out."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """How support=token estimates reverse_kl from log q - log p of the token; formulas in docs/losses.md."""
     policy_gradient: bool = False
     """With support=token, take the estimate as the negative reward of a policy gradient instead of differentiating it."""
-    teacher_logit_scale: float = Field(default=1.0, gt=0)
-    """Multiplies the teacher's logits before anything else (logit_scale of some models)."""
-    teacher_logit_soft_cap: float | None = Field(default=None, gt=0)
-    """Bounds the teacher's logits by cap * tanh(logit / cap) after the scale (final_logit_softcapping of some models);
-    null: no bound."""
-    sft_weight: float = Field(default=0.0, ge=0, le=1)
-    """Share of the cross-entropy of the completion tokens: (1 - sft_weight) * divergence + sft_weight * cross-entropy.
-    1 goes with teacher.kind=none."""
-    tokens_per_chunk: Free[int | None] = Field(default=None, ge=1)
-    """Tokens of a chunk, of which logits exist at the same time (of two chunks where tensor parallelism lets the collectives
-    of one run beside the products of the next); smaller saves memory. Null: as many as make 16 M logits on a rank, between
-    256 and 2048."""
     backend: Free[Backend] = "auto"
-    """What computes the passes over the logits with support=full: eager, plain torch; compiled, the same fused by
+    """Back end of the passes over the logits with support=full: eager, plain torch; compiled, the same fused by
     torch.compile, faster on a CPU with a C++ compiler, but compiling takes some 30 s once; triton, kernels for a GPU. auto:
-    what suits the device and the length of the run, logged with the reason."""
+    chosen from the device and the length of the run, logged with the reason."""
     rows_per_pass: Free[int | None] = Field(default=None, ge=1)
     """Rows of one elementwise pass over a chunk, for eager and compiled; null: what stays in a CPU's cache, from the shapes."""
-    certify: bool = True
-    """Compare value and gradients of this loss with float64 on a small problem before training, and refuse to train if
-    they are wrong."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the divergence."""
+        return self.temperature**2 if self.temperature_squared else 1.0
 
     @model_validator(mode="after")
     def _support_fits_divergence(self) -> Self:
@@ -106,3 +96,26 @@ class LossConfig(Config):
                 "support=token"
             )
         return self
+
+
+class LossConfig(LossSettings):
+    """Which divergence pulls the student towards the teacher, and on which entries of the vocabulary."""
+
+    divergence: Divergence = "forward_kl"
+    """forward_kl covers all modes of the teacher, reverse_kl seeks one, jsd, the skewed, mixed and adaptive forms lie
+    between, tvd is the total variation; formulas in docs/losses.md."""
+    teacher_logit_scale: float = Field(default=1.0, gt=0)
+    """Multiplies the teacher's logits before anything else (logit_scale of some models)."""
+    teacher_logit_soft_cap: float | None = Field(default=None, gt=0)
+    """Bounds the teacher's logits by cap * tanh(logit / cap) after the scale (final_logit_softcapping of some models);
+    null: no bound."""
+    sft_weight: float = Field(default=0.0, ge=0, le=1)
+    """Share of the cross-entropy of the completion tokens: (1 - sft_weight) * divergence + sft_weight * cross-entropy.
+    1 goes with teacher.kind=none."""
+    tokens_per_chunk: Free[int | None] = Field(default=None, ge=1)
+    """Tokens of a chunk, whose logits exist at one time (those of two chunks where tensor parallelism overlaps the
+    collectives of one with the products of the next); smaller saves memory. null: 64 MiB of fp32 logits on a rank, clamped to
+    [256, 2048] tokens."""
+    certify: bool = True
+    """Compare value and gradients of this loss with float64 on a small problem before training, and refuse to train if
+    they are wrong."""

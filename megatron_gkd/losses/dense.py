@@ -3,126 +3,274 @@
 x and y are the student's and the teacher's logits divided by their temperatures, M and S the max and the sum of
 exp(logit - max) over the whole vocabulary.
 
-Shapes: T = tokens, V = real vocabulary entries held by this rank, K = numbers per token, R = ranks.
+Shapes: T = tokens, V = real vocabulary entries held by this rank, K = numbers per token, R = ranks, N = bins.
 """
 
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from megatron_gkd.losses.comparison import Comparison, Rounds
-from megatron_gkd.losses.divergences import Divergence, WeightedKL
-from megatron_gkd.losses.elementwise import times
-from megatron_gkd.losses.kernels import DenseKernels
-from megatron_gkd.losses.kernels.eager import EAGER, poison
-from megatron_gkd.losses.softmax import SoftmaxStats, Temperatures, accumulation_dtype
+from megatron_gkd.losses.divergences import AdaptiveKL, Divergence, WeightedKL
+from megatron_gkd.losses.kernels import DenseKernels, make_kernels
+from megatron_gkd.losses.kernels.eager import log_softmax_pair
+from megatron_gkd.losses.token_loss import TokenLoss
+from megatron_gkd.losses.vocab_parallel import (
+    Group,
+    Rounds,
+    SoftmaxStats,
+    Temperatures,
+    accumulation_dtype,
+    exp,
+    nan_if_not_positive,
+    numbers_per_row,
+    row_pieces,
+    side_by_side,
+)
+
+_LOWEST_LOG_P = -20.0
+"""A head of mass m has its threshold at p >= (1 - m) / vocabulary: all entries below that hold less than 1 - m."""
+_HIGHEST_LOG_P = 1e-3
+"""Above 0, because rounding may be."""
+_NUM_BINS = 64
+_NUM_HISTOGRAMS = 3
+
+
+def make_dense_loss(
+    divergence: Divergence | AdaptiveKL,
+    temperatures: Temperatures,
+    group: Group,
+    backend: str = "auto",
+    rows_per_pass: int | None = None,
+) -> TokenLoss:
+    """The loss with the fewest collectives; its target is the teacher's logits [T, V].
+
+    Args:
+        divergence: What is computed.
+        temperatures: Divisors of the logits.
+        group: Tensor-parallel group, or ``None``.
+        backend: A name in ``kernels.BACKENDS``; adaptive KL always runs in ``eager``.
+        rows_per_pass: Rows of one elementwise pass; ``None``: chosen from the shapes.
+    """
+    if isinstance(divergence, AdaptiveKL):
+        forward, reverse = (
+            KLLoss(group, make_kernels("eager", WeightedKL(*weights), temperatures))
+            for weights in ((1.0, 0.0), (0.0, 1.0))
+        )
+        return AdaptiveLoss(group, divergence.head_mass, forward, reverse)
+    kernels = make_kernels(backend, divergence, temperatures, rows_per_pass)
+    kind = KLLoss if isinstance(divergence, WeightedKL) else SeparableLoss
+    return kind(group, kernels)
 
 
 @dataclass(frozen=True)
-class OneRound(Comparison):
+class _KernelLoss(TokenLoss):
+    """A loss whose passes over the logits are ``kernels``; saved = their stats [T, K]."""
+
+    kernels: DenseKernels
+
+    @override
+    def write_gradient(
+        self, student_TV: Tensor, teacher_TV: Tensor, stats_TK: Tensor, upstream_T: Tensor, out_TV: Tensor
+    ) -> None:
+        self.kernels.gradient(student_TV, teacher_TV, stats_TK, upstream_T, out_TV)
+
+
+@dataclass(frozen=True)
+class KLLoss(_KernelLoss):
     """A weighted sum of forward and reverse KL, with one all-gather of five numbers per token (six if both occur).
 
-    Each rank contributes m and s, its own max and sum of exp, of both models, and of the forward direction
-    A = sum_v e^(y - m_y) [(y - m_y) - (x - m_x)]. With A* = sum over ranks of
-    (A + s_y [(m_y - M_y) - (m_x - M_x)]) e^(m_y - M_y):  KL(p || q) = A* / S_y - log S_y + log S_x.
-    The reverse direction exchanges x and y.
+    saved = M_x, S_x, M_y, S_y, KL(q || p) (0 where it is not used).
     """
 
-    divergence: WeightedKL
-    temperatures: Temperatures
-    kernels: DenseKernels = EAGER
-
+    @override
     def rounds(self, student_TV: Tensor, teacher_TV: Tensor) -> Rounds:
-        """See ``Comparison``; stats = M_x, S_x, M_y, S_y, KL(q || p) (0 where it is not used)."""
-        return self._combine(
-            (yield self.kernels.kl_sums(student_TV, teacher_TV, self.divergence, self.temperatures))
-        )
+        packed_RTK = (yield self.kernels.first(student_TV, teacher_TV)).double()
+        loss_T, stats_TK = _combined_kl(packed_RTK, self.kernels.divergence, self.kernels.temperatures)
+        dtype = accumulation_dtype(student_TV.dtype)
+        return loss_T.to(dtype), stats_TK.to(dtype)
 
-    def num_stats(self, teacher_TV: Tensor) -> int:
-        """Four normalizers and the KL."""
-        return 5
 
-    def write_gradient(
-        self, student_TV: Tensor, teacher_TV: Tensor, stats_TK: Tensor, upstream_T: Tensor, out_TV: Tensor
-    ) -> None:
-        """(forward (q - p) + reverse q (log q - log p - KL(q || p))) / temperature."""
-        self.kernels.write_kl_gradient(
-            student_TV, teacher_TV, stats_TK, upstream_T, self.divergence, self.temperatures, out_TV
-        )
+def _combined_kl(packed_RTK: Tensor, kl: Any, temperatures: Temperatures) -> tuple[Tensor, Tensor]:
+    """(loss_T, stats_TK) from ``DenseKernels.first`` of all ranks, in float64: few numbers, and differences of large ones."""
+    max_x_RT, max_y_RT, smaller_RT, difference_RT, *cross = packed_RTK.unbind(-1)
+    sum_x_RT, sum_y_RT = smaller_RT + difference_RT.clamp(min=0), smaller_RT - difference_RT.clamp(max=0)
+    student = SoftmaxStats.merged(max_x_RT, sum_x_RT, temperatures.student)
+    teacher = SoftmaxStats.merged(max_y_RT, sum_y_RT, temperatures.teacher)
+    far_x_RT = (max_x_RT - student.max_T) / temperatures.student
+    far_y_RT = (max_y_RT - teacher.max_T) / temperatures.teacher
+    loss_T = reverse_kl_T = nan_if_not_positive(student.sumexp_T, teacher.sumexp_T)
+    if kl.forward:
+        loss_T = loss_T + kl.forward * _merged_kl(cross[0], sum_y_RT, difference_RT, far_y_RT, far_x_RT)
+    if kl.reverse:
+        reverse_kl_T = _merged_kl(cross[-1], sum_x_RT, -difference_RT, far_x_RT, far_y_RT)
+        loss_T = loss_T + kl.reverse * reverse_kl_T
+    return loss_T, torch.stack([*student, *teacher, reverse_kl_T], -1)
 
-    def _combine(self, packed_RTK: Tensor) -> tuple[Tensor, Tensor]:
-        max_x_RT, sum_x_RT, max_y_RT, sum_y_RT, *cross = packed_RTK.unbind(-1)
-        student = SoftmaxStats.merged(max_x_RT, sum_x_RT, self.temperatures.student)
-        teacher = SoftmaxStats.merged(max_y_RT, sum_y_RT, self.temperatures.teacher)
-        far_x_RT = (max_x_RT - student.max_T) / self.temperatures.student
-        far_y_RT = (max_y_RT - teacher.max_T) / self.temperatures.teacher
-        log_normalizers_T = teacher.sumexp_T.log() - student.sumexp_T.log()
-        loss_T = reverse_kl_T = torch.zeros_like(student.max_T)
-        if self.divergence.forward:
-            total_RT = times(far_y_RT.exp(), cross[0] + times(sum_y_RT, far_y_RT - far_x_RT))
-            loss_T = self.divergence.forward * (total_RT.sum(0) / teacher.sumexp_T - log_normalizers_T)
-        if self.divergence.reverse:
-            total_RT = times(far_x_RT.exp(), cross[-1] + times(sum_x_RT, far_x_RT - far_y_RT))
-            reverse_kl_T = total_RT.sum(0) / student.sumexp_T + log_normalizers_T
-            loss_T = loss_T + self.divergence.reverse * reverse_kl_T
-        return loss_T, torch.stack([*student, *teacher, reverse_kl_T], -1)
+
+def _merged_kl(
+    cross_RT: Tensor, sum_RT: Tensor, difference_RT: Tensor, far_a_RT: Tensor, far_b_RT: Tensor
+) -> Tensor:
+    """[T] KL(a || b) = B / S + log1p(D / S) - D / S, never negative.
+
+    S is the sum of exp of a, D that of b minus S, and B = sum_v e^a (d + e^-d - 1) with d = a - b, all relative to the
+    global maxima. No term is larger than the divergence is far from 0, so a small one keeps its digits.
+
+    Args:
+        cross_RT: B of each rank where D <= S there, else A = B - D, relative to its own maxima.
+        sum_RT: S of each rank.
+        difference_RT: D of each rank.
+        far_a_RT: Max of a on each rank minus the global one; all log ratios d change by ``far_a_RT - far_b_RT``.
+        far_b_RT: The same of b.
+    """
+    small_RT = torch.where(difference_RT <= sum_RT, cross_RT, cross_RT + difference_RT)
+    shift_RT, scale_a_RT, scale_b_RT = far_a_RT - far_b_RT, far_a_RT.exp(), far_b_RT.exp()
+    gap_RT = torch.where(shift_RT.abs() < 0.5, scale_a_RT * torch.expm1(-shift_RT), scale_b_RT - scale_a_RT)
+    sum_T = (sum_RT * scale_a_RT).sum(0)
+    difference_T = (difference_RT * scale_b_RT + sum_RT * gap_RT).sum(0)
+    moved_RT = scale_a_RT * small_RT + sum_RT * (scale_a_RT * shift_RT + gap_RT) + difference_RT * gap_RT
+    return ((moved_RT.sum(0) - difference_T) / sum_T + torch.log1p(difference_T / sum_T)).clamp(min=0)
 
 
 @dataclass(frozen=True)
-class TwoRounds(Comparison):
-    """Any divergence, with two dependent all-gathers: four numbers per token (the normalizers), then two sums.
+class SeparableLoss(_KernelLoss):
+    """Any divergence, with two dependent all-gathers: five numbers per token (the normalizers), then two sums.
 
     Two are the floor for a mixture of p and q, whose logarithm needs both normalizers first.
+    saved = M_x, S_x, M_y, S_y, p / q of the student's most probable entry, E = sum_v r_v.
     """
 
-    divergence: Divergence
-    temperatures: Temperatures
-    kernels: DenseKernels = EAGER
-
+    @override
     def rounds(self, student_TV: Tensor, teacher_TV: Tensor) -> Rounds:
-        """See ``Comparison``; stats = M_x, S_x, M_y, S_y, E = sum_v r_v."""
-        return self._rounds(student_TV, teacher_TV, self.kernels.term_sums)
+        return self._rounds(student_TV, teacher_TV, overwrite=False)
 
-    def num_stats(self, teacher_TV: Tensor) -> int:
-        """Four normalizers and E."""
-        return 5
-
-    def write_gradient(
-        self, student_TV: Tensor, teacher_TV: Tensor, stats_TK: Tensor, upstream_T: Tensor, out_TV: Tensor
-    ) -> None:
-        """(r - q E) / temperature."""
-        self.kernels.write_gradient(
-            student_TV, teacher_TV, stats_TK, upstream_T, self.divergence, self.temperatures, out_TV
-        )
-
+    @override
     def differentiate_rounds_(self, student_TV: Tensor, teacher_TV: Tensor, upstream_T: Tensor) -> Rounds:
-        """See ``Comparison``; what the second round computes may wait for its result in the storage of the logits.
-
-        Not in storage of half precision, which would round it: there the gradient's pass computes it again.
-        """
-        if any(z_TV.dtype != accumulation_dtype(student_TV.dtype) for z_TV in (student_TV, teacher_TV)):
-            return (yield from super().differentiate_rounds_(student_TV, teacher_TV, upstream_T))
-        loss_T, stats_TK = yield from self._rounds(student_TV, teacher_TV, self.kernels.term_sums_)
-        self.kernels.write_gradient_(
-            student_TV, teacher_TV, stats_TK, upstream_T, self.divergence, self.temperatures
-        )
+        # what the second round computed waits in the storage of the logits, unless half precision would round it
+        exact = accumulation_dtype(student_TV.dtype)
+        overwrite = student_TV.dtype == teacher_TV.dtype == exact
+        loss_T, stats_TK = yield from self._rounds(student_TV, teacher_TV, overwrite=overwrite)
+        numbers = stats_TK, upstream_T, student_TV
+        self.kernels.gradient(student_TV, teacher_TV, *numbers, is_overwritten=overwrite)
         return loss_T, stats_TK
 
-    def _rounds(self, student_TV: Tensor, teacher_TV: Tensor, term_sums: Callable[..., Tensor]) -> Rounds:
-        packed_RTK = yield self.kernels.normalizers(student_TV, teacher_TV, self.temperatures)
-        norms_TK = merged_normalizers(packed_RTK, self.temperatures)
-        sums_T2 = term_sums(student_TV, teacher_TV, norms_TK, self.divergence, self.temperatures)
+    def _rounds(self, student_TV: Tensor, teacher_TV: Tensor, *, overwrite: bool) -> Rounds:
+        norms_T5 = self._merged((yield self.kernels.first(student_TV, teacher_TV)))
+        sums_T2 = self.kernels.second(student_TV, teacher_TV, norms_T5, overwrite=overwrite)
         # gathered and added in the order of ranks, so that all of them hold the same bits
         loss_T, r_sum_T = (yield sums_T2).sum(0).unbind(-1)
-        poison_T = poison(norms_TK[:, 1], norms_TK[:, 3])
-        return loss_T + poison_T, torch.cat([norms_TK, (r_sum_T + poison_T).unsqueeze(-1)], -1)
+        poison_T = nan_if_not_positive(norms_T5[:, 1], norms_T5[:, 3])
+        return loss_T + poison_T, torch.cat([norms_T5, (r_sum_T + poison_T).unsqueeze(-1)], -1)
+
+    def _merged(self, packed_RT5: Tensor) -> Tensor:
+        """[T, 5] ``norms_T5`` of ``DenseKernels.second`` from ``DenseKernels.first`` of all ranks."""
+        tau = self.kernels.temperatures.teacher
+        norms_T4 = merged_normalizers(packed_RT5[..., :4], self.kernels.temperatures)
+        max_x_T, sum_x_T, max_y_T, sum_y_T = norms_T4.unbind(-1)
+        # of the ranks whose max is the global one; several entries may share it: the largest of their teacher logits
+        teacher_logit_T = packed_RT5[..., 4].where(packed_RT5[..., 0] == max_x_T, -torch.inf).amax(0)
+        top_ratio_T = ((teacher_logit_T - max_y_T) / tau).exp() * sum_x_T / sum_y_T  # q is 1 / S_x there
+        return torch.cat([norms_T4, top_ratio_T.unsqueeze(-1)], -1)
 
 
 def merged_normalizers(packed_RT4: Tensor, temperatures: Temperatures) -> Tensor:
-    """[T, 4] M_x, S_x, M_y, S_y of the whole vocabulary from ``DenseKernels.normalizers`` of all ranks."""
+    """[T, 4] M_x, S_x, M_y, S_y of the whole vocabulary from m_x, s_x, m_y, s_y of all ranks."""
     max_x_RT, sum_x_RT, max_y_RT, sum_y_RT = packed_RT4.unbind(-1)
     student = SoftmaxStats.merged(max_x_RT, sum_x_RT, temperatures.student)
     teacher = SoftmaxStats.merged(max_y_RT, sum_y_RT, temperatures.teacher)
     return torch.stack([*student, *teacher], -1)
+
+
+@dataclass(frozen=True)
+class AdaptiveLoss(TokenLoss):
+    """``divergences.AdaptiveKL`` with five all-gathers.
+
+    One for both directions of KL, three for histograms of the teacher's mass over log p, each of which refines one bin
+    of the last (no logits are gathered or sorted), and one for |p - q| over head and tail. The threshold of the head is
+    found to 20 / 64^3 = 8e-5 nats: entries closer to it than that count as equal.
+
+    saved = (stats of the forward direction, of the reverse one, weight of the forward one).
+    """
+
+    head_mass: float
+    forward: KLLoss
+    reverse: KLLoss
+
+    @override
+    def rounds(self, student_TV: Tensor, teacher_TV: Tensor) -> Rounds:
+        directions = self.forward, self.reverse
+        results = yield from side_by_side([kl.rounds(student_TV, teacher_TV) for kl in directions])
+        (forward_T, forward_TK), (reverse_T, reverse_TK) = results
+        norms_T4 = forward_TK[:, :4]
+        threshold_T = yield from self._threshold(student_TV, teacher_TV, norms_T4)
+        gaps_T2 = (yield self._local_gaps(student_TV, teacher_TV, norms_T4, threshold_T)).sum(0)
+        total_T = gaps_T2.sum(-1)
+        weight_T = torch.where(total_T == 0, 0.5, gaps_T2[:, 0] / total_T)
+        return weight_T * forward_T + (1 - weight_T) * reverse_T, (forward_TK, reverse_TK, weight_T)
+
+    @override
+    def gradient(self, student_TV: Tensor, teacher_TV: Tensor, saved: Any, upstream_T: Tensor) -> Tensor:
+        forward_TK, reverse_TK, weight_T = saved
+        weighted_T = weight_T * upstream_T
+        grad_TV = self.forward.gradient(student_TV, teacher_TV, forward_TK, weighted_T)
+        return grad_TV.add_(
+            self.reverse.gradient(student_TV, teacher_TV, reverse_TK, upstream_T - weighted_T)
+        )
+
+    @property
+    @override
+    def metric_names(self) -> tuple[str, ...]:
+        return ("forward_weight",)
+
+    @override
+    def metrics(self, saved: Any) -> tuple[Tensor, ...]:
+        return (saved[2],)
+
+    def _threshold(
+        self, student_TV: Tensor, teacher_TV: Tensor, norms_T4: Tensor
+    ) -> Generator[Tensor, Tensor, Tensor]:
+        """[T] the largest log p above which the teacher has at least ``head_mass``."""
+        low_T = norms_T4.new_full(norms_T4.shape[:1], _LOWEST_LOG_P)
+        above_T, bin_width = torch.zeros_like(low_T), (_HIGHEST_LOG_P - _LOWEST_LOG_P) / _NUM_BINS
+        for _ in range(_NUM_HISTOGRAMS):
+            local_TN = numbers_per_row(student_TV, _NUM_BINS)
+            for rows in row_pieces(student_TV):
+                _, log_p_TV = self._log_softmax_pair(student_TV, teacher_TV, norms_T4, rows)
+                local_TN[rows] = _histogram(log_p_TV, low_T[rows], bin_width)
+            mass_TN = (yield local_TN).sum(0)
+            from_bin_TN = above_T.unsqueeze(-1) + mass_TN.flip(-1).cumsum(-1).flip(-1)
+            chosen_T1 = (from_bin_TN >= self.head_mass).sum(-1, keepdim=True).sub_(1).clamp_(min=0)
+            above_T = (from_bin_TN - mass_TN).gather(-1, chosen_T1).squeeze(-1)
+            low_T = low_T + chosen_T1.squeeze(-1) * bin_width
+            bin_width /= _NUM_BINS
+        return low_T
+
+    def _local_gaps(
+        self, student_TV: Tensor, teacher_TV: Tensor, norms_T4: Tensor, threshold_T: Tensor
+    ) -> Tensor:
+        """[T, 2] sums of |p - q| over the head and the tail."""
+        gaps_T2 = numbers_per_row(student_TV, 2)
+        for rows in row_pieces(student_TV):
+            log_q_TV, log_p_TV = self._log_softmax_pair(student_TV, teacher_TV, norms_T4, rows)
+            gap_TV = (exp(log_p_TV) - exp(log_q_TV)).abs_()
+            is_head_TV = log_p_TV >= threshold_T[rows].unsqueeze(-1)
+            gaps_T2[rows, 0] = (gap_TV * is_head_TV).sum(-1)
+            gaps_T2[rows, 1] = (gap_TV * ~is_head_TV).sum(-1)
+        return gaps_T2
+
+    def _log_softmax_pair(
+        self, student_TV: Tensor, teacher_TV: Tensor, norms_T4: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor]:
+        temperatures = self.forward.kernels.temperatures
+        return log_softmax_pair(student_TV[rows], teacher_TV[rows], norms_T4[rows], temperatures)
+
+
+def _histogram(log_p_TV: Tensor, low_T: Tensor, bin_width: float) -> Tensor:
+    """[T, N] mass of p by log p in N bins from ``low_T`` on; entries outside are left out."""
+    bin_TV = ((log_p_TV - low_T.unsqueeze(-1)) / bin_width).floor_().nan_to_num_(nan=-1.0)
+    bin_TV = bin_TV.clamp_(-1, _NUM_BINS).add_(1).long()
+    mass_TN = log_p_TV.new_zeros(len(low_T), _NUM_BINS + 2)  # the first and the last bin: outside
+    return mass_TN.scatter_add_(-1, bin_TV, exp(log_p_TV))[:, 1:-1]

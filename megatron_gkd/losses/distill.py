@@ -1,195 +1,269 @@
-"""Distillation loss of given logits over a split vocabulary.
+"""The loss of a run: built once from its settings, called for every micro-batch.
 
-Shapes: T = tokens, V = vocabulary entries held by this rank, K = numbers per token that the gradient needs.
+Shapes: T = tokens, V = vocabulary entries held by this rank, H = hidden size.
 """
 
-from typing import Any, Unpack
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megatron_gkd.losses.combine import Sum, Term
-from megatron_gkd.losses.comparison import Joined
-from megatron_gkd.losses.objective import Objective, ObjectiveOptions
-from megatron_gkd.losses.softmax import Group, accumulation_dtype, first_id, num_real_columns, split_over
-from megatron_gkd.losses.sparse import local_entries
+from megatron_gkd.config.loss import LossSettings
+from megatron_gkd.losses.dense import make_dense_loss
+from megatron_gkd.losses.divergences import AdaptiveKL, make_divergence, make_estimator
+from megatron_gkd.losses.fused_linear import (
+    ChunkedLoss,
+    HeadGradient,
+    LMHead,
+    Logits,
+    Source,
+    WeightedLoss,
+)
+from megatron_gkd.losses.sparse import (
+    NEGATIVE_LOG_LIKELIHOOD,
+    BucketLoss,
+    KnownEntries,
+    PartialSumLoss,
+    label_target,
+)
+from megatron_gkd.losses.supports import HeadAndDraws, SampledToken, SupportLoss, SupportTarget, TopK
+from megatron_gkd.losses.token_loss import LimitedLoss, Term, TermSum, TokenLoss
+from megatron_gkd.losses.vocab_parallel import (
+    Group,
+    Temperatures,
+    accumulation_dtype,
+    first_id,
+    num_real_columns,
+    split_over,
+)
 
+Teacher = LMHead | Logits | KnownEntries | None
+"""Head with hidden states, logits, entries that were sent, or no teacher."""
 
-def distill_loss(
-    student_TV: Tensor,
-    teacher_TV: Tensor,
-    *,
-    labels_T: Tensor | None = None,
-    group: Group = None,
-    valid_vocab_size: int | None = None,
-    token_weight_T: Tensor | None = None,
-    overwrite_logits: bool = False,
-    **objective: Unpack[ObjectiveOptions],
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Per-token divergence between teacher and student.
-
-    Forward and backward allocate no [T, V] besides the gradient itself, and not even that with ``overwrite_logits``; the
-    backward has no collective.
-
-    Args:
-        student_TV: [T, V] logits of this rank's vocabulary shard, any float dtype. Not modified, unless
-            ``overwrite_logits`` says so.
-        teacher_TV: [T, V] logits of the same shard; receives no gradient. Both must stay unchanged until the backward.
-        labels_T: [T] global id of the token that follows; for ``support="token"``.
-        group: Tensor-parallel group, or ``None`` if the vocabulary is not split.
-        valid_vocab_size: Number of real entries of the whole vocabulary. Columns beyond it are padding: they take no
-            part and get gradient 0. Needs shards of equal size. ``None``: every column is real.
-        token_weight_T: [T] weight of each token in the returned sum; receives no gradient. Needs ``overwrite_logits``.
-        overwrite_logits: Make the gradient in the forward pass, in the student's storage, with the teacher's as scratch:
-            nobody may read the logits afterwards. Needs ``token_weight_T``. The backward multiplies the gradient by one
-            number and can run once.
-        objective: ``divergence`` and further fields of ``Objective``.
-
-    Returns:
-        [T] loss in nats, float32 (float64 for float64 student logits), equal on all ranks of ``group``. With
-        ``overwrite_logits``: (sum of weight * loss, loss [T] without gradient).
-
-    Raises:
-        ValueError: If shapes do not fit, or a field of the objective or the size is invalid.
-    """
-    if student_TV.dim() != 2 or student_TV.shape != teacher_TV.shape:
-        raise ValueError(
-            f"student logits {tuple(student_TV.shape)} and teacher logits {tuple(teacher_TV.shape)} are not two equal "
-            "[tokens, local vocabulary]; flatten the tokens, and pad both vocabularies to the same size with "
-            "student.make_vocab_size_divisible_by"
-        )
-    if overwrite_logits != (token_weight_T is not None):
-        raise ValueError(
-            "overwrite_logits=True and token_weight_T go together: a gradient that is made in the forward needs the weights, "
-            "and with weights it is made there; pass both or neither"
-        )
-    group = split_over(group)
-    num_columns = num_real_columns(student_TV.shape[-1], group, valid_vocab_size)
-    wanted = Objective(**objective)  # pyright: ignore[reportCallIssue]  (it asks for the divergence itself)
-    term = Term("divergence", wanted.scale, wanted.against_logits(group))
-    target = teacher_TV.detach()[:, :num_columns]
-    if wanted.support != "full":
-        target = Joined([target, _local_labels(student_TV, labels_T, wanted, group)])
-    problem = Joined([target]), Sum(group, (term,)), num_columns
-    if token_weight_T is None:
-        return _Distill.apply(student_TV, *problem)
-    return _overwrite(student_TV, token_weight_T, *problem)
+_LOGITS_PER_CHUNK = 2**24
+"""64 MiB in float32."""
 
 
-def top_k_distill_loss(
-    student_TV: Tensor,
-    ids_TK: Tensor,
-    log_probs_TK: Tensor,
-    *,
-    weight_TK: Tensor | None = None,
-    group: Group = None,
-    valid_vocab_size: int | None = None,
-    **objective: Unpack[ObjectiveOptions],
-) -> Tensor:
-    """Per-token divergence from a teacher that is known on K entries of each row.
+class DistillLoss:
+    """A divergence from the teacher, the cross-entropy of the labels, or a mix of both.
 
     Args:
-        student_TV: [T, V] logits of this rank's vocabulary shard, any float dtype. Not modified. Shards are of equal size.
-        ids_TK: [T, K] global token ids, int64, none of them twice in a row; a negative id is no entry, so that rows may
-            know different numbers of them.
-        log_probs_TK: [T, K] the teacher's log-probabilities of the ids, at the temperature it is to have.
-        weight_TK: [T, K] of each entry in the sum, for ids that were drawn: 1 / (number of draws * probability of the
-            draw), and 1 for those that were not. Needs ``tail="none"``; ids may repeat then. ``None``: 1.
+        settings: The divergence and how it is computed.
+        sft_weight: Share of the cross-entropy, which no temperature touches: (1 - sft_weight) divergence + sft_weight
+            cross-entropy, both from the same student logits.
+        tokens_per_chunk: Tokens whose logits exist at one time, and which share their collectives; ``None``: see
+            ``choose_tokens_per_chunk``.
         group: Tensor-parallel group, or ``None`` if the vocabulary is not split.
-        valid_vocab_size: See ``distill_loss``.
-        objective: ``divergence``, ``tail`` and further fields of ``Objective``.
-
-    Returns:
-        As ``distill_loss``.
+        valid_vocab_size: Real entries of the whole vocabulary; further rows of the heads are padding, take no part and
+            get gradient 0. Needs shards of equal size. ``None``: every row is real.
 
     Raises:
-        ValueError: If shapes do not fit, or a field of the objective or the size is invalid.
+        ValueError: If a value is out of range.
     """
-    group = split_over(group)
-    num_columns = num_real_columns(student_TV.shape[-1], group, valid_vocab_size)
-    wanted = Objective(**objective)  # pyright: ignore[reportCallIssue]  (it asks for the divergence itself)
-    target = local_entries(
-        ids_TK,
-        log_probs_TK,
-        weight_TK,
-        tail=wanted.tail,
-        num_tokens=student_TV.shape[0],
-        first=first_id(student_TV.shape[-1], group),
-    )
-    term = Term("divergence", wanted.scale, wanted.against_entries(group, ids_TK.shape[1]))
-    return _Distill.apply(student_TV, Joined([target]), Sum(group, (term,)), num_columns)
 
+    def __init__(
+        self,
+        settings: LossSettings,
+        *,
+        sft_weight: float = 0.0,
+        tokens_per_chunk: int | None = None,
+        group: Group = None,
+        valid_vocab_size: int | None = None,
+    ):
+        if not 0.0 <= sft_weight <= 1.0:
+            raise ValueError(
+                f"sft_weight {sft_weight} needs labels_T and lies in [0, 1]; it is the share of the cross-entropy"
+            )
+        if tokens_per_chunk is not None and tokens_per_chunk < 1:
+            raise ValueError(f"tokens_per_chunk {tokens_per_chunk} is not at least 1; 256 suits most shapes")
+        self.settings, self.sft_weight = settings, sft_weight
+        self.group = split_over(group)
+        self._tokens_per_chunk, self._valid_vocab_size = tokens_per_chunk, valid_vocab_size
 
-def _local_labels(student_TV: Tensor, labels_T: Tensor | None, wanted: Objective, group: Group) -> Tensor:
-    if labels_T is None:
-        if wanted.support == "token":
-            raise ValueError("support=token needs labels_T, the token that follows each row")
-        return student_TV.new_zeros(student_TV.shape[0], dtype=torch.int64)
-    return labels_T - first_id(student_TV.shape[-1], group)
+    def weighted(
+        self,
+        student: Source,
+        teacher: Teacher,
+        labels_T: Tensor | None = None,
+        *,
+        token_weight_T: Tensor | None = None,
+        add_head_gradient: HeadGradient | None = None,
+    ) -> WeightedLoss:
+        """Sum of weight * loss over the tokens, with gradients that are made in the forward pass.
 
+        Args:
+            student: Its head with hidden states [T, H]; or its logits, which are overwritten where they need a gradient.
+            teacher: Same tokens and same vocabulary rows; receives no gradient.
+            labels_T: [T] int64 global id of the token that follows; for the cross-entropy and ``support=token``.
+            token_weight_T: [T] weight of each token; one of weight 0 adds 0 and has gradient 0 whatever its row holds.
+                ``None``: 1.
+            add_head_gradient: Called in the backward pass in place of handing the head's gradient to autograd.
 
-def _overwrite(
-    student_TV: Tensor, token_weight_T: Tensor, target: Joined, comparison: Sum, num_columns: int
-) -> tuple[Tensor, Tensor]:
-    """(weighted sum, loss_T); the logits are left alone where no gradient is asked for."""
-    if token_weight_T.shape != student_TV.shape[:1]:
-        raise ValueError(
-            f"token_weight_T {tuple(token_weight_T.shape)} does not fit logits {tuple(student_TV.shape)}; pass one weight "
-            "per row"
+        Raises:
+            ValueError: If shapes or dtypes do not fit, or the settings need another teacher.
+        """
+        chunked = self._chunked(student, teacher, labels_T)
+        first = student.inputs[0]
+        if token_weight_T is not None:
+            if token_weight_T.shape != first.shape[:1]:
+                name = "logits" if isinstance(student, Logits) else "hidden states"
+                raise ValueError(
+                    f"token_weight_T {tuple(token_weight_T.shape)} does not fit {name} {tuple(first.shape)}; pass one weight "
+                    "per row"
+                )
+            token_weight_T = token_weight_T.detach().to(accumulation_dtype(first.dtype))
+        return chunked.weighted(student, token_weight_T, add_head_gradient)
+
+    def per_token(self, student: Source, teacher: Teacher, labels_T: Tensor | None = None) -> Tensor:
+        """[T] loss in nats, right for any upstream gradient; arguments and errors as ``weighted``."""
+        return self._chunked(student, teacher, labels_T).per_token(student)
+
+    def _chunked(self, student: Source, teacher: Teacher, labels_T: Tensor | None) -> ChunkedLoss:
+        _check_heads(student, teacher)
+        terms, targets = [], []
+        num_local = student.num_local_columns
+        first = student.inputs[0]
+        columns_T = None if labels_T is None else self._columns(labels_T, first, num_local)
+        if teacher is not None and self.sft_weight < 1:
+            is_known = isinstance(teacher, KnownEntries)
+            loss = _divergence_loss(self.settings, is_known, self.group)  # pyright: ignore[reportArgumentType]  (frozen)
+            terms.append(Term("divergence", (1 - self.sft_weight) * self.settings.scale, loss))
+            targets.append(self._divergence_target(teacher, first, num_local, columns_T))
+        if teacher is None or self.sft_weight > 0:
+            if columns_T is None:
+                raise ValueError(
+                    f"sft_weight {self.sft_weight} needs labels_T, the token that follows each row"
+                )
+            loss = PartialSumLoss(self.group, NEGATIVE_LOG_LIKELIHOOD, 1.0, has_metrics=False)
+            terms.append(Term("cross_entropy", self.sft_weight if teacher is not None else 1.0, loss))
+            targets.append(label_target(columns_T))
+        return ChunkedLoss(
+            TermSum(self.group, tuple(terms)),
+            tuple(targets),
+            num_real_columns(num_local, self.group, self._valid_vocab_size),
+            self._tokens_per_chunk or choose_tokens_per_chunk(num_local),
         )
-    weight_T = token_weight_T.detach().to(accumulation_dtype(student_TV.dtype))
-    if torch.is_grad_enabled() and student_TV.requires_grad:
-        return _OverwritingDistill.apply(student_TV, weight_T, target, comparison, num_columns)
-    loss_T, _ = comparison.measure(student_TV.detach()[:, :num_columns], target)
-    return (loss_T * weight_T).sum(), loss_T
+
+    def _columns(self, labels_T: Tensor, first: Tensor, num_local: int) -> Tensor:
+        """[T] labels, counted from this rank's first column."""
+        if labels_T.shape != first.shape[:1] or labels_T.dtype != torch.int64:
+            raise ValueError(
+                f"labels {tuple(labels_T.shape)} {labels_T.dtype} do not fit hidden states or logits {tuple(first.shape)}; "
+                "pass one int64 token id per row"
+            )
+        first_column = first_id(num_local, self.group)
+        return labels_T - first_column if first_column else labels_T
+
+    def _divergence_target(
+        self, teacher: Any, first: Tensor, num_local: int, columns_T: Tensor | None
+    ) -> Any:
+        settings, num_tokens = self.settings, first.shape[0]
+        if isinstance(teacher, KnownEntries):
+            if settings.support == "token" and teacher.ids_TK.shape[1] != 1:
+                raise ValueError(
+                    f"support=token takes 1 entry per row, the token that follows, but {teacher.ids_TK.shape[1]} are given; "
+                    "pass ids and log-probabilities [tokens, 1], or set support=teacher_top_k"
+                )
+            first_column = first_id(num_local, self.group)
+            return teacher.target(tail=settings.tail, num_tokens=num_tokens, first_id=first_column)
+        if isinstance(teacher, Logits):
+            num_columns = num_real_columns(num_local, self.group, self._valid_vocab_size)
+            teacher = teacher.logits_TV.detach()[:, :num_columns]
+        if settings.support == "full":
+            return teacher
+        if columns_T is None:
+            if settings.support == "token":
+                raise ValueError("support=token needs labels_T, the token that follows each row")
+            columns_T = torch.zeros(num_tokens, dtype=torch.int64, device=first.device)
+        return SupportTarget(teacher, columns_T)
 
 
-class _OverwritingDistill(torch.autograd.Function):
-    """The weighted sum; its gradient is made in the forward, in the storage of the logits."""
-
-    @staticmethod
-    def forward(
-        ctx, student_TV: Tensor, weight_T: Tensor, target: Any, comparison: Sum, num_columns: int
-    ) -> tuple[Tensor, Tensor]:
-        """One block: every collective carries all tokens."""
-        grad_TV = (
-            student_TV.detach()
-        )  # counts changes together with the logits: autograd sees that they are gone
-        loss_T, _ = comparison.differentiate_(grad_TV[:, :num_columns], target, weight_T)
-        grad_TV[:, num_columns:] = 0
-        ctx.save_for_backward(grad_TV)
-        ctx.mark_non_differentiable(loss_T)
-        return (loss_T * weight_T).sum(), loss_T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """One number for all tokens, on a CPU without a pass where it is 1."""
-        (grad_TV,) = ctx.saved_tensors
-        if grad_TV.device.type != "cpu" or upstream != 1:
-            grad_TV.mul_(upstream)
-        return grad_TV, None, None, None, None
+def choose_tokens_per_chunk(num_columns: int) -> int:
+    """64 MiB of fp32 logits for this many columns, clamped to [256, 2048] tokens."""
+    return min(max(_LOGITS_PER_CHUNK // max(num_columns, 1), 256), 2048)
 
 
-class _Distill(torch.autograd.Function):
-    """Saves K numbers per token; the gradient is made in the backward, where any upstream is a factor per row."""
+@cache
+def _divergence_loss(settings: LossSettings, is_known: bool, group: Group) -> TokenLoss:
+    """The loss of a token for these settings, built once for each.
 
-    @staticmethod
-    def forward(ctx, student_TV: Tensor, target: Any, comparison: Sum, num_columns: int) -> Tensor:
-        """One block: every collective carries all tokens."""
-        loss_T, stats_TK = comparison.measure(student_TV[:, :num_columns], target)
-        ctx.save_for_backward(student_TV, stats_TK)
-        ctx.target, ctx.comparison, ctx.num_columns = target, comparison, num_columns
-        return loss_T
+    Args:
+        settings: See ``LossSettings``.
+        is_known: The teacher sent its entries, instead of logits.
+        group: Tensor-parallel group, or ``None``.
+    """
+    teacher_tau = settings.teacher_temperature
+    temperatures = Temperatures(settings.temperature, teacher_tau or settings.temperature)
+    parameters = {"beta": settings.beta, "alpha": settings.alpha, "weight": settings.weight}
+    divergence = make_divergence(settings.divergence, **parameters)
+    if settings.support == "full" and not is_known:
+        loss = make_dense_loss(divergence, temperatures, group, settings.backend, settings.rows_per_pass)
+    else:
+        if isinstance(divergence, AdaptiveKL):
+            raise ValueError(
+                "adaptive_kl weighs the teacher's whole distribution; it needs support=full and a teacher with logits"
+            )
+        loss = _sparse_loss(settings, divergence, temperatures, is_known, group)
+    return loss if settings.max_token_loss is None else LimitedLoss(group, loss, settings.max_token_loss)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_T: Tensor) -> tuple[Tensor | None, ...]:
-        """Local: pieces of rows, cast to the student's dtype as they are written."""
-        student_TV, stats_TK = ctx.saved_tensors
-        x_TV = student_TV[:, : ctx.num_columns]
-        grad_TV = torch.empty_like(student_TV, memory_format=torch.contiguous_format)
-        grad_TV[:, ctx.num_columns :] = 0
-        ctx.comparison.write_gradient(x_TV, ctx.target, stats_TK, grad_T, grad_TV[:, : ctx.num_columns])
-        return grad_TV, None, None, None
+
+def _sparse_loss(
+    settings: LossSettings, divergence: Any, temperatures: Temperatures, is_known: bool, group: Group
+) -> TokenLoss:
+    """The loss on the entries of a support, which a teacher sent or which are chosen from its logits."""
+    support, tau = settings.support, temperatures.student
+    if is_known and support not in ("full", "teacher_top_k", "token"):
+        raise ValueError(
+            f"support={support} chooses entries from a teacher's logits, but the entries are given; set "
+            "support=teacher_top_k, or pass the teacher's logits to distill_loss or linear_distill_loss"
+        )
+    if support == "token":
+        estimator = make_estimator(settings.estimator, policy_gradient=settings.policy_gradient)
+        chooser, inner = SampledToken(), PartialSumLoss(group, estimator, tau, has_metrics=False)
+    elif support == "sampled":
+        chooser = HeadAndDraws(settings.top_k, settings.num_draws, temperatures)
+        inner = PartialSumLoss(group, divergence, tau, num_exact=settings.top_k)
+    else:
+        of_teacher, of_student = support != "student_top_k", support in ("student_top_k", "union")
+        chooser = TopK(settings.top_k, of_teacher=of_teacher, of_student=of_student)
+        if settings.tail == "none":
+            inner = PartialSumLoss(group, divergence, tau)
+        else:
+            inner = BucketLoss(group, divergence, tau, renormalize=settings.tail == "renormalize")
+    return inner if is_known else SupportLoss(group, chooser, inner, temperatures.teacher)
+
+
+def _check_heads(student: Source, teacher: Teacher) -> None:
+    if isinstance(student, LMHead):
+        _check_head("student", student)
+    if not isinstance(teacher, LMHead):
+        return
+    _check_head("teacher", teacher)
+    hidden_TH, weight_VH = student.inputs[:2]
+    num_rows = student.inputs[0].shape[0], student.num_local_columns
+    if num_rows != (teacher.hidden_TH.shape[0], teacher.num_local_columns):
+        head = () if weight_VH is None else tuple(weight_VH.shape)
+        raise ValueError(
+            f"student hidden {tuple(hidden_TH.shape)} and head {head} do not fit teacher hidden "
+            f"{tuple(teacher.hidden_TH.shape)} and head {tuple(teacher.weight_VH.shape)}: both need the same tokens and the "
+            "same vocabulary rows; split and pad the teacher's head as the student's"
+        )
+
+
+def _check_head(name: str, head: LMHead) -> None:
+    hidden_TH, weight_VH, bias_V = head.inputs
+    if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
+        raise ValueError(
+            f"{name} hidden states {tuple(hidden_TH.shape)} and head {tuple(weight_VH.shape)} are not [tokens, hidden] and "
+            "[local vocabulary, hidden]; flatten the tokens, and pass the weight of the output layer as it is"
+        )
+    if hidden_TH.dtype != weight_VH.dtype:
+        raise ValueError(
+            f"{name} hidden states are {hidden_TH.dtype} but its head is {weight_VH.dtype}; cast one of them, the product "
+            "is made in their common dtype"
+        )
+    if bias_V is not None and bias_V.shape != weight_VH.shape[:1]:
+        raise ValueError(
+            f"{name} bias {tuple(bias_V.shape)} does not fit its head {tuple(weight_VH.shape)}; pass one number per row"
+        )

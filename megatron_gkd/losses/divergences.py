@@ -1,29 +1,35 @@
-"""Distillation divergences as pure functions of log-probabilities, and the table of their names.
+"""Distillation divergences as pure functions of log-probabilities, and the registries of their names.
 
-p is the teacher, q the student. A divergence D = sum_v f(log p_v, log q_v) is a function
-``(log_p, log_q) -> (value, r)`` entry by entry, with value = f and r = df / d log q while log q is treated as free.
-That is all the rest of the package needs: with E = sum_v r_v, the gradient is dD / d logit_j = r_j - q_j E.
+p is the teacher, q the student. A divergence D = sum_v f(log p_v, log q_v) is called with (log p, log q) and returns
+(value, r) entry by entry: value = f, and r = df / d log q with log q treated as free. Nothing else is needed: with
+E = sum_v r_v, the gradient is dD / d logit_j = r_j - q_j E.
 
-offset (q - p) may be added to f without effect, as long as the sum runs over the whole vocabulary: it sums to 0. The
-functions here use it to make every value of a KL at least 0 and the gradient of equal models exactly 0, and name
-``offset``, because a sum over a part of the vocabulary has to take it back, unless the part stands for the whole.
+A multiple c of q may be subtracted from r without effect on that gradient, for E falls by c. It matters for its digits:
+where the student has nearly all mass on entries that the teacher excludes, r = c q there, and r - q E cancels. So a
+divergence may also be given top_ratio = p / q at the student's most probable entry of each row, and choose c by it.
 
-To add one: write such a function (an entry of probability 0 contributes 0, see ``times``) and name it in
-``DIVERGENCES``. A weighted sum of the two KL directions is a ``WeightedKL``, which needs one collective instead of two.
-Equal parameters give the same object (``cache``), because back ends keep what they compiled for it.
+offset (q - p) may be added to f without effect as long as the sum runs over the whole vocabulary, where it is 0. The
+KLs use it to make every value at least 0 and the gradient of equal models exactly 0; they declare it as ``offset``,
+because a sum over a part of the vocabulary must subtract it again, unless the part stands for the whole.
+
+To add a divergence, write a frozen dataclass like the ones below (an entry of probability 0 contributes 0, see
+``times``), a factory whose arguments are named after the keys of the loss section, and register the factory in
+``DIVERGENCES``. Instances with equal parameters are equal, so that kernels compiled for one serve the other.
 """
 
+import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_gkd.losses.elementwise import exp, times
+from megatron_gkd.losses.vocab_parallel import exp, expm1, times
 
-EntryFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Entries = tuple[Tensor, Tensor]
+"""(value, r) of every entry."""
 
 
 class Divergence(Protocol):
@@ -31,30 +37,23 @@ class Divergence(Protocol):
 
     @property
     def offset(self) -> float:
-        """The multiple of q - p that the values contain, and of q that r contains."""
+        """Multiple of q - p that the values contain, and of q that r contains."""
         ...
 
-    def __call__(self, log_p: Tensor, log_q: Tensor, /) -> tuple[Tensor, Tensor]:
-        """(value, r) of every entry."""
+    def __call__(self, log_p: Tensor, log_q: Tensor, top_ratio: Tensor | None = None, /) -> Entries:
+        """(value, r) of every entry; ``top_ratio``, with a column for each row, may shift r by a multiple of q."""
         ...
 
 
 @dataclass(frozen=True)
 class Separable:
-    """Any divergence: ``entries`` is (log_p, log_q) -> (value, r).
+    """A divergence given by a function (log_p, log_q) -> (value, r)."""
 
-    Attributes:
-        formula: Name of the formula of ``entries`` for a back end that has kernels of its own, with ``weight`` as its
-            parameter; without one every back end calls ``entries``.
-    """
-
-    entries: EntryFunction
+    entries: Callable[[Tensor, Tensor], Entries]
     offset: float = 0.0
-    formula: str | None = None
-    weight: float = 0.0
 
-    def __call__(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and r of every entry."""
+    def __call__(self, log_p: Tensor, log_q: Tensor, top_ratio: Tensor | None = None) -> Entries:
+        """(value, r) of every entry."""
         return self.entries(log_p, log_q)
 
 
@@ -62,7 +61,7 @@ class Separable:
 class WeightedKL:
     """forward * KL(p || q) + reverse * KL(q || p).
 
-    Both are affine in the logarithms of the normalizers, so a split vocabulary needs one collective for them.
+    Both are affine in the logarithms of the normalizers, so a split vocabulary needs a single collective.
     """
 
     forward: float
@@ -74,11 +73,11 @@ class WeightedKL:
 
     @property
     def offset(self) -> float:
-        """Of a log(a / b) - a + b, for both directions."""
+        """The entries are a log(a / b) - a + b in both directions."""
         return self.forward - self.reverse
 
-    def __call__(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and r of every entry; +inf where the first argument of a KL has mass and the second has none."""
+    def __call__(self, log_p: Tensor, log_q: Tensor, top_ratio: Tensor | None = None) -> Entries:
+        """(value, r); +inf where the first argument of a KL has mass and the second has none."""
         value = r = torch.zeros_like(log_q)
         if self.forward:
             value = value + self.forward * _kl_terms(log_p, log_q, log_p - log_q)
@@ -87,6 +86,100 @@ class WeightedKL:
             value = value + self.reverse * _kl_terms(log_q, log_p, log_q - log_p)
             r = r + self.reverse * times(exp(log_q), log_q - log_p)
         return value, r
+
+
+@dataclass(frozen=True)
+class JSD:
+    """Generalized Jensen-Shannon divergence of GKD (arXiv 2306.13649), 0 < beta < 1.
+
+    D = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+    """
+
+    beta: float
+    offset = 0.0
+
+    def __call__(self, log_p: Tensor, log_q: Tensor, top_ratio: Tensor | None = None) -> Entries:
+        """R = (1 - beta) q log(q / m), minus its limit for p = 0 in far rows."""
+        far = _is_far(top_ratio)
+        log_p_over_m, log_q_over_m, centered = _log_ratios_to_mixture(log_p, log_q, self.beta, far)
+        q = exp(log_q)
+        student = times(q, log_q_over_m).mul_(1 - self.beta)
+        value = times(exp(log_p), log_p_over_m).mul_(self.beta).add_(student)
+        return value, student if far is None else times(q, centered).mul_(1 - self.beta)
+
+
+@dataclass(frozen=True)
+class SkewForwardKL:
+    """KL(p || m), m = alpha p + (1 - alpha) q (DistiLLM, arXiv 2402.03898), 0 < alpha < 1; at most -log alpha.
+
+    dD / d logit = (1 - alpha) q (sum_v q_v p_v / m_v - p / m).
+    """
+
+    alpha: float
+
+    @property
+    def offset(self) -> float:
+        """The entries are p log(p / m) - p + m."""
+        return 1 - self.alpha
+
+    def __call__(self, log_p: Tensor, log_q: Tensor, top_ratio: Tensor | None = None) -> Entries:
+        """R = (1 - alpha) q (1 - p / m), without the 1 in far rows."""
+        far = _is_far(top_ratio)
+        log_p_over_m, _, _ = _log_ratios_to_mixture(log_p, log_q, self.alpha, far)
+        ratio = (
+            expm1(log_p_over_m) if far is None else torch.where(far, exp(log_p_over_m), expm1(log_p_over_m))
+        )
+        r = times(exp(log_q), ratio).mul_(self.alpha - 1)
+        return _kl_terms(log_p, log_q, log_p_over_m, share_b=1 - self.alpha), r
+
+
+@dataclass(frozen=True)
+class SkewReverseKL:
+    """KL(q || m), m = (1 - alpha) p + alpha q, 0 < alpha < 1; finite where the teacher excludes an entry."""
+
+    alpha: float
+
+    @property
+    def offset(self) -> float:
+        """The entries are q log(q / m) - q + m."""
+        return self.alpha - 1
+
+    def __call__(self, log_p: Tensor, log_q: Tensor, top_ratio: Tensor | None = None) -> Entries:
+        """R = q (log(q / m) - alpha (q / m - 1)), minus its limit for p = 0 in far rows."""
+        far = _is_far(top_ratio)
+        _, log_q_over_m, centered = _log_ratios_to_mixture(log_p, log_q, 1 - self.alpha, far)
+        growth = expm1(centered)
+        scaled = growth * self.alpha
+        if far is not None:  # alpha q / m is e^centered there
+            scaled = torch.where(far, growth, scaled)
+        r = times(exp(log_q), centered - scaled)
+        return _kl_terms(log_q, log_p, log_q_over_m, share_b=1 - self.alpha), r
+
+
+@dataclass(frozen=True)
+class TVD:
+    """Total variation 1/2 sum |p - q|, in [0, 1]: outliers do not dominate, every entry pulls with its q alone."""
+
+    offset = 0.0
+
+    def __call__(self, log_p: Tensor, log_q: Tensor, top_ratio: Tensor | None = None) -> Entries:
+        """R = 1/2 q sign(q - p), 0 where they are equal; minus the sign at the student's most probable entry."""
+        q = exp(log_q)
+        sign = torch.sign(log_q - log_p).nan_to_num_(nan=0.0)  # NaN: both excluded, q = 0
+        if top_ratio is not None:
+            sign = sign - torch.sign(1 - top_ratio)
+        return (q - exp(log_p)).abs_().mul_(0.5), q.mul_(sign).mul_(0.5)
+
+
+@dataclass(frozen=True)
+class AdaptiveKL:
+    """w KL(p || q) + (1 - w) KL(q || p) with w per token (AKL, arXiv 2404.02657); w receives no gradient.
+
+    w = g_head / (g_head + g_tail), the share of sum_v |p_v - q_v| that falls on the head: the smallest set of the
+    teacher's most probable entries that holds ``head_mass``. w = 1/2 for equal models.
+    """
+
+    head_mass: float = 0.5
 
 
 def forward_kl() -> Divergence:
@@ -99,12 +192,8 @@ def reverse_kl() -> Divergence:
     return WeightedKL(forward=0.0, reverse=1.0)
 
 
-@cache
 def jsd(beta: float) -> Divergence:
-    """Generalized Jensen-Shannon divergence of GKD (arXiv 2306.13649).
-
-    D = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. It tends to 0 for beta -> 0 and
-    beta -> 1; as TRL, Liger-Kernel and ms-swift do, the end points are defined as forward and reverse KL instead.
+    """``JSD``; it tends to 0 at both ends, which are defined as forward and reverse KL (as in TRL, Liger-Kernel, ms-swift).
 
     Raises:
         ValueError: If ``beta`` is outside [0, 1].
@@ -113,47 +202,17 @@ def jsd(beta: float) -> Divergence:
         raise ValueError(f"jsd needs beta in [0, 1], got {beta}; it is the teacher's weight in the mixture")
     if beta in (0.0, 1.0):
         return forward_kl() if beta == 0.0 else reverse_kl()
-
-    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        log_p_over_m, log_q_over_m = _log_ratios_to_mixture(log_p, log_q, beta)
-        student = times(exp(log_q), log_q_over_m).mul_(1 - beta)
-        return times(exp(log_p), log_p_over_m).mul_(beta).add_(student), student
-
-    return Separable(divergence, formula="jsd", weight=beta)
+    return JSD(beta)
 
 
-@cache
 def skew_forward_kl(alpha: float) -> Divergence:
-    """KL(p || m), m = alpha p + (1 - alpha) q (DistiLLM, arXiv 2402.03898); bounded by -log alpha; alpha = 0: forward KL.
-
-    dD / d logit = (1 - alpha) q (sum_v q_v p_v / m_v - p / m).
-    """
-    if _check_alpha("skew_forward_kl", alpha) == 0.0:
-        return forward_kl()
-
-    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        log_p_over_m, _ = _log_ratios_to_mixture(log_p, log_q, alpha)
-        r = times(exp(log_q), log_p_over_m.expm1()).mul_(alpha - 1)
-        return _kl_terms(log_p, log_q, log_p_over_m, share_b=1 - alpha), r
-
-    return Separable(divergence, offset=1 - alpha, formula="skew_forward_kl", weight=alpha)
+    """``SkewForwardKL``; forward KL for alpha = 0."""
+    return SkewForwardKL(alpha) if _check_alpha("skew_forward_kl", alpha) else forward_kl()
 
 
-@cache
 def skew_reverse_kl(alpha: float) -> Divergence:
-    """KL(q || m), m = (1 - alpha) p + alpha q; finite where the teacher excludes an entry; alpha = 0: reverse KL.
-
-    dD / d logit = r - q sum_v r_v with r = q (log(q / m) - alpha q / m).
-    """
-    if _check_alpha("skew_reverse_kl", alpha) == 0.0:
-        return reverse_kl()
-
-    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        _, log_q_over_m = _log_ratios_to_mixture(log_p, log_q, 1 - alpha)
-        r = times(exp(log_q), log_q_over_m - alpha * log_q_over_m.expm1())
-        return _kl_terms(log_q, log_p, log_q_over_m, share_b=1 - alpha), r
-
-    return Separable(divergence, offset=alpha - 1, formula="skew_reverse_kl", weight=alpha)
+    """``SkewReverseKL``; reverse KL for alpha = 0."""
+    return SkewReverseKL(alpha) if _check_alpha("skew_reverse_kl", alpha) else reverse_kl()
 
 
 def mixed_kl(weight: float) -> Divergence:
@@ -169,55 +228,70 @@ def mixed_kl(weight: float) -> Divergence:
     return WeightedKL(forward=weight, reverse=1 - weight)
 
 
-@cache
-def tvd() -> Divergence:
-    """Total variation 1/2 sum |p - q|, in [0, 1]: every entry pulls with its q alone, outliers do not dominate.
-
-    r = 1/2 q sign(q - p), 0 where they are equal.
-    """
-
-    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        q = exp(log_q)
-        sign = torch.sign(log_q - log_p).nan_to_num_(nan=0.0)  # both excluded: q = 0
-        return (q - exp(log_p)).abs_().mul_(0.5), q.mul_(sign).mul_(0.5)
-
-    return Separable(divergence, formula="tvd")
-
-
-@dataclass(frozen=True)
-class AdaptiveKL:
-    """w KL(p || q) + (1 - w) KL(q || p) with w found for each token (AKL, arXiv 2404.02657), and without gradient.
-
-    w = g_head / (g_head + g_tail), the share of sum_v |p_v - q_v| that lies in the head: the smallest set of the
-    teacher's most probable entries that holds ``head_mass``. Where the head is wrong, forward KL repairs it; where the
-    tail is, reverse KL. w = 1/2 for equal models.
-    """
-
-    head_mass: float = 0.5
-
-
-DIVERGENCES: dict[str, Callable[[float, float, float], Divergence | AdaptiveKL]] = {
-    "forward_kl": lambda beta, alpha, weight: forward_kl(),
-    "reverse_kl": lambda beta, alpha, weight: reverse_kl(),
-    "jsd": lambda beta, alpha, weight: jsd(beta),
-    "skew_forward_kl": lambda beta, alpha, weight: skew_forward_kl(alpha),
-    "skew_reverse_kl": lambda beta, alpha, weight: skew_reverse_kl(alpha),
-    "mixed_kl": lambda beta, alpha, weight: mixed_kl(weight),
-    "adaptive_kl": lambda beta, alpha, weight: AdaptiveKL(),
-    "tvd": lambda beta, alpha, weight: tvd(),
+DIVERGENCES: dict[str, Callable[..., Divergence | AdaptiveKL]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "mixed_kl": mixed_kl,
+    "adaptive_kl": lambda: AdaptiveKL(),
+    "tvd": TVD,
 }
-"""Name -> factory (beta, alpha, weight) -> divergence; a factory uses the parameters that it has."""
+"""Name -> factory, whose arguments are keys of the loss section."""
 
 
-def make_divergence(name: str, beta: float, alpha: float, weight: float) -> Divergence | AdaptiveKL:
-    """The divergence called ``name``.
+def make_divergence(name: str, **parameters: Any) -> Divergence | AdaptiveKL:
+    """The divergence called ``name``, built from those of ``parameters`` that its factory takes.
 
     Raises:
         ValueError: If the name is unknown or its parameter is out of range.
     """
     if name not in DIVERGENCES:
         raise ValueError(f"unknown divergence {name!r}; loss.divergence is one of {', '.join(DIVERGENCES)}")
-    return DIVERGENCES[name](beta, alpha, weight)
+    factory = DIVERGENCES[name]
+    taken = inspect.signature(factory).parameters
+    return factory(**{key: value for key, value in parameters.items() if key in taken})
+
+
+def _k1(u: Tensor) -> Entries:
+    return u, torch.ones_like(u)
+
+
+def _k2(u: Tensor) -> Entries:
+    return u.square() / 2, u
+
+
+def _k3(u: Tensor) -> Entries:
+    excess = torch.expm1(-u)
+    return excess + u, -excess
+
+
+ESTIMATORS: dict[str, Callable[[Tensor], Entries]] = {"k1": _k1, "k2": _k2, "k3": _k3}
+"""Estimators of KL(q || p) from a token a ~ q alone, by name: u = log q(a) - log p(a) -> (value, d value / d u).
+
+k1 = u is unbiased, of large variance, and its gradient has mean 0: a metric or a reward, not a loss. k2 = u^2 / 2 is
+biased, its gradient is unbiased for reverse KL. k3 = e^-u - 1 + u is unbiased and never negative. See
+joschu.net/blog/kl-approx.html.
+"""
+
+
+def make_estimator(name: str, *, policy_gradient: bool) -> Separable:
+    """The estimator as entries (log p(a), log q(a)) -> (value, r).
+
+    With ``policy_gradient`` -value is a constant reward of the token, so that the gradient is value * d log q(a) / d logit.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {name!r}; loss.estimator is one of {', '.join(ESTIMATORS)}")
+
+    def entries(log_p: Tensor, log_q: Tensor) -> Entries:
+        value, r = ESTIMATORS[name](log_q - log_p)
+        return value, value if policy_gradient else r
+
+    return Separable(entries)
 
 
 def _check_alpha(name: str, alpha: float) -> float:
@@ -236,20 +310,46 @@ def _kl_terms(log_a: Tensor, log_b: Tensor, log_a_over_m: Tensor, share_b: float
     """
     log_b_over_a = log_b - log_a
     a = exp(log_a)
-    near = a * (log_a_over_m + share_b * log_b_over_a.expm1())
+    near = a * (log_a_over_m + share_b * expm1(log_b_over_a))
     far = times(a, log_a_over_m) + share_b * (exp(log_b) - a)
     return torch.where(log_b_over_a.abs() < 1, near, far)
 
 
-def _log_ratios_to_mixture(log_p: Tensor, log_q: Tensor, weight_p: float) -> tuple[Tensor, Tensor]:
-    """(log p/m, log q/m) for m = weight_p p + (1 - weight_p) q; both exactly 0 where p = q.
+def _is_far(top_ratio: Tensor | None) -> Tensor | None:
+    """Rows whose most probable entry the teacher finds less than half as probable; ``None``: a CPU sees no such row."""
+    if top_ratio is None:
+        return None
+    far = top_ratio < 0.5
+    is_visible = not torch.compiler.is_compiling() and far.device.type == "cpu"
+    return None if is_visible and not far.any() else far
+
+
+def _log_ratios_to_mixture(
+    log_p: Tensor, log_q: Tensor, weight_p: float, far: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p/m, log q/m, log q/m centered) for m = weight_p p + (1 - weight_p) q; exactly 0 where p = q and not far.
 
     With d = log p - log q: log m = max(log p, log q) + log1p(w expm1(-|d|)), where w is the weight of the smaller of
-    the two. Unlike logaddexp this keeps its relative accuracy as d -> 0, and it holds for infinite d.
+    the two. Unlike logaddexp this keeps its relative accuracy as d -> 0, and it holds for infinite d. In far rows log q/m
+    is centered at its limit for p = 0, -log(1 - weight_p), and keeps its relative accuracy there:
+    log m - log q = log(1 - weight_p) + log1p(k e^d) with k = weight_p / (1 - weight_p).
     """
     d = log_p - log_q
-    w = (
-        0.5 if weight_p == 0.5 else d.sign().mul_(0.5 - weight_p).add_(0.5)
-    )  # weight_p where d < 0, else 1 - weight_p
-    log_max_over_m = d.abs().neg_().expm1_().mul_(w).log1p_().neg_()
-    return log_max_over_m + d.clamp(max=0), log_max_over_m.sub_(d.clamp(min=0))
+    smaller = d.abs().neg_()
+    # the weight of the smaller one: weight_p where d < 0, else 1 - weight_p
+    w = 0.5 if weight_p == 0.5 else d.sign().mul_(0.5 - weight_p).add_(0.5)
+    if far is None:
+        log_max_over_m = expm1(smaller).mul_(w).log1p_().neg_()
+        log_q_over_m = log_max_over_m - d.clamp(min=0)
+        return log_max_over_m + d.clamp(max=0), log_q_over_m, log_q_over_m
+    limit = -math.log1p(-weight_p)
+    is_small_p = far & (d < 0)
+    small = (
+        torch.where(is_small_p, exp(smaller) * (weight_p / (1 - weight_p)), expm1(smaller) * w)
+        .log1p_()
+        .neg_()
+    )
+    log_max_over_m = torch.where(is_small_p, small + limit, small)
+    log_q_over_m = log_max_over_m - d.clamp(min=0)
+    centered = torch.where(is_small_p, small, torch.where(far, log_q_over_m - limit, log_q_over_m))
+    return log_max_over_m + d.clamp(max=0), log_q_over_m, centered

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -51,3 +52,8 @@ def _choose_cache() -> None:
         return
     if os.access(folder, os.W_OK):
         os.environ[CACHE_VARIABLE] = str(folder)
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Make ``device`` current for the launch of a Triton kernel, which goes to the current device whatever its tensors' is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_gkd.config import GkdConfig
 from megatron_gkd.data.sample import Batch
 from megatron_gkd.data.tokenizer import Tokenizer
+from megatron_gkd.losses.token_loss import METRIC_UNITS
 from megatron_gkd.observability.metrics import Metrics, MetricsWriter, SampleWriter
 from megatron_gkd.observability.run_folder import State, StatusFile
 from megatron_gkd.observability.timing import Progress, Timers
@@ -16,7 +17,7 @@ from megatron_gkd.parallel.groups import Job
 from megatron_gkd.rollout.base import PushReport
 from megatron_gkd.serving.errors import EngineError
 from megatron_gkd.train.lifecycle import TrainState
-from megatron_gkd.train.loss import DETAILS, lost_mass_warning
+from megatron_gkd.train.loss import lost_mass_warning
 from megatron_gkd.train.step import StepResult
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,8 @@ class IterationRecord:
         if num_off_policy:
             value = result.off_policy_loss_sum / num_off_policy
             metrics.add("loss/off_policy", value, unit="nats/token", reduce="sum")
-        for name, value in result.details.items():
-            metrics.add(f"loss/{name}", value, unit=DETAILS[name], reduce="rank0")
+        for name, value in result.metrics.items():
+            metrics.add(f"loss/{name}", value, unit=METRIC_UNITS[name], reduce="rank0")
         metrics.add("grad_norm", result.grad_norm, unit="1", reduce="rank0")
         metrics.add("lr", lr, unit="1", reduce="rank0")
         metrics.add("train/skipped_updates", state.skipped_updates, unit="iterations", reduce="rank0")
@@ -180,8 +181,8 @@ class Recorder:
                 writer.close()
 
     def _warn_of_lost_mass(self, metrics: dict[str, float]) -> None:
-        details = {name: metrics[f"loss/{name}"] for name in DETAILS if f"loss/{name}" in metrics}
-        message = lost_mass_warning(details, self._loss)
+        means = {name: metrics[f"loss/{name}"] for name in METRIC_UNITS if f"loss/{name}" in metrics}
+        message = lost_mass_warning(means, self._loss)
         if message and self._job.is_leader and not self._has_warned_of_lost_mass:
             log.warning("%s", message)
             self._has_warned_of_lost_mass = True  # the metric continues

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_gkd.config.loss import LossConfig
 from megatron_gkd.data.sample import Batch, MicroBatch
-from megatron_gkd.losses.chunked import Layer
+from megatron_gkd.losses.fused_linear import LMHead
+from megatron_gkd.losses.token_loss import METRIC_UNITS
 from megatron_gkd.models.gpt import ShardedModel, head_weight, select_rows
 from megatron_gkd.models.pipeline import evaluate_schedule, train_schedule
 from megatron_gkd.optim.optimizer import (
@@ -30,7 +31,7 @@ from megatron_gkd.optim.optimizer import (
 from megatron_gkd.parallel.collectives import any_rank, reduce_values
 from megatron_gkd.reshard.layout import WeightLayout
 from megatron_gkd.teacher.base import Signal
-from megatron_gkd.train.loss import DETAILS, compute_loss
+from megatron_gkd.train.loss import compute_loss
 
 log = logging.getLogger(__name__)
 
@@ -78,14 +79,14 @@ class StepResult:
         off_policy_loss_sum: The same for the other tokens.
         grad_norm: Global norm of the gradient before clipping; NaN if the update was skipped.
         is_skipped: A gradient was not finite on some rank, so no rank changed its weights.
-        details: Token means of the auxiliary loss metrics, equal on all ranks; names in ``DETAILS``.
+        metrics: Token means of the auxiliary loss metrics, equal on all ranks; names in ``METRIC_UNITS``.
     """
 
     on_policy_loss_sum: float
     off_policy_loss_sum: float
     grad_norm: float
     is_skipped: bool
-    details: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def attach_signals(
@@ -120,16 +121,16 @@ def train_step(
     reports = train_schedule(student.ddp, student.model.config, student.groups, scored, loss)
     on_policy, off_policy = _own_sums(reports, student, "loss_sums", 2)
     device = next(student.model.parameters()).device
-    details = _mean_details(reports, student, device)
+    metrics = _mean_metrics(reports, student, device)
     is_bad = not (
         has_finite_gradients(student.ddp) and math.isfinite(on_policy) and math.isfinite(off_policy)
     )
     # agreed before the optimizer changes anything: ranks that step alone would no longer hold the same model
     if any_rank(is_bad, device=device):
-        return StepResult(on_policy, off_policy, float("nan"), is_skipped=True, details=details)
+        return StepResult(on_policy, off_policy, float("nan"), is_skipped=True, metrics=metrics)
     outcome: Any = student.optimizer.step()
     _, grad_norm, _ = outcome
-    return StepResult(on_policy, off_policy, float(grad_norm or 0.0), is_skipped=False, details=details)
+    return StepResult(on_policy, off_policy, float(grad_norm or 0.0), is_skipped=False, metrics=metrics)
 
 
 def evaluate_step(
@@ -169,40 +170,41 @@ def _distill(
     labels_T = micro_batch.tokens_BS.to(hidden_BSH.device).roll(-1, dims=1)[mask_BS]
     # a micro-batch without rows takes the same path, so that collectives match on all ranks
     head_VH = head_weight(student.model)
-    result, names = compute_loss(
-        Layer(rows_TH, head_VH),
+    result = compute_loss(
+        LMHead(rows_TH, head_VH),
         micro_batch.signal,
         teacher_head_VH,
         labels_T,
         config,
         group=student.groups.pg.tp,
         valid_vocab_size=student.shapes.vocab_size,
-        take_head_gradient=main_grad_adder(head_VH),
+        add_head_gradient=main_grad_adder(head_VH),
     )
     loss_T = result.loss_T
     is_on_policy_T = micro_batch.is_on_policy_T.to(loss_T.device)
     sums_2 = torch.stack([(loss_T * is_on_policy_T).sum(), (loss_T * ~is_on_policy_T).sum()])
     num_tokens = torch.tensor(rows_TH.shape[0], dtype=torch.int, device=rows_TH.device)
-    report = {"loss_sums": sums_2.detach(), "detail_sums": _sum_details(result.details_TP, names)}
+    report = {"loss_sums": sums_2.detach(), "metric_sums": _summed_metrics(result.metrics, loss_T)}
     return result.total, num_tokens, report
 
 
-def _sum_details(details_TP: Tensor, names: Sequence[str]) -> Tensor:
-    """[2 * len(DETAILS)] sum over tokens and number of tokens of each entry of ``DETAILS``; 0 for absent ones."""
-    sums = details_TP.new_zeros(len(DETAILS), 2)
-    for name, detail_T in zip(names, details_TP.unbind(-1), strict=True):
-        sums[list(DETAILS).index(name)] = torch.stack([detail_T.sum(), torch.ones_like(detail_T).sum()])
+def _summed_metrics(metrics: Mapping[str, Tensor], loss_T: Tensor) -> Tensor:
+    """[2 * len(METRIC_UNITS)] sum over tokens and number of tokens of each metric; 0 for those the loss does not have."""
+    sums = loss_T.new_zeros(len(METRIC_UNITS), 2)
+    for i, name in enumerate(METRIC_UNITS):
+        if name in metrics:
+            sums[i, 0], sums[i, 1] = metrics[name].sum(), metrics[name].shape[0]
     return sums.flatten()
 
 
-def _mean_details(
+def _mean_metrics(
     reports: Sequence[dict[str, Tensor]], student: Student, device: torch.device
 ) -> dict[str, float]:
     """Means over the tokens of all ranks; collective."""
-    own = _own_sums(reports, student, "detail_sums", 2 * len(DETAILS))
+    own = _own_sums(reports, student, "metric_sums", 2 * len(METRIC_UNITS))
     totals = reduce_values(own, ["sum"] * len(own), device=device)
     return {
         name: total / count
-        for name, total, count in zip(DETAILS, totals[::2], totals[1::2], strict=True)
+        for name, total, count in zip(METRIC_UNITS, totals[::2], totals[1::2], strict=True)
         if count
     }

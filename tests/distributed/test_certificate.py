@@ -18,12 +18,11 @@ KNOWN = {"divergence": "forward_kl", "support": "teacher_top_k", "tail": "none"}
 
 
 def check_every_loss(rank: int, world_size: int) -> None:
-    from megatron_gkd.cli.verify_loss import _losses
-    from megatron_gkd.losses.certificate import Case, certify
+    from megatron_gkd.losses.verify.certificate import certify
+    from megatron_gkd.losses.verify.problem import every_case
 
     for dtype, tokens_per_chunk in ((torch.float32, 40), (torch.bfloat16, 24)):
-        for how in _losses(None):
-            case = Case(dtype=dtype, tokens_per_chunk=tokens_per_chunk, **how)
+        for case in every_case(dtype=dtype, tokens_per_chunk=tokens_per_chunk):
             result = certify(case, group=dist.group.WORLD, device=torch.device("cpu"))
             assert result.is_passed, str(result)
             assert max(result.student_error, result.head_error) <= 2e-3, str(result)
@@ -61,13 +60,13 @@ class _WithGradient(torch.autograd.Function):
         return ctx.saved_tensors[0] * upstream_T.unsqueeze(-1), None, None
 
 
-def local_logits(layer: Any, num_columns: int) -> torch.Tensor:
-    return layer.hidden_TH @ layer.head_VH[:num_columns].T
+def local_logits(head: Any, num_columns: int) -> torch.Tensor:
+    return head.hidden_TH @ head.weight_VH[:num_columns].T
 
 
 def real_columns(shard: Any, rank: int) -> tuple[int, int]:
     """(first id, number of real columns) of this rank."""
-    size = len(shard.student.head_VH)
+    size = len(shard.student.weight_VH)
     return rank * size, min(max(shard.valid_vocab_size - rank * size, 0), size)
 
 
@@ -85,11 +84,11 @@ def without_the_mass(shard: Any) -> tuple[torch.Tensor, torch.Tensor]:
     first, num_columns = real_columns(shard, dist.get_rank())
     logits_TV = local_logits(shard.student, num_columns)
     log_q_TV = split_log_softmax(logits_TV.detach())
-    columns_TK = shard.ids_TK - first
-    is_own_TK = (columns_TK >= 0) & (columns_TK < num_columns) & (shard.ids_TK >= 0)
+    columns_TK = shard.known.ids_TK - first
+    is_own_TK = (columns_TK >= 0) & (columns_TK < num_columns) & (shard.known.ids_TK >= 0)
     columns_TK = columns_TK.where(is_own_TK, num_columns)
     log_p_TV = torch.full((len(logits_TV), num_columns + 1), -torch.inf)
-    log_p_TV = log_p_TV.scatter(1, columns_TK, shard.log_probs_TK)[:, :-1]
+    log_p_TV = log_p_TV.scatter(1, columns_TK, shard.known.log_probs_TK)[:, :-1]
     value_T = (log_p_TV.exp() * (log_p_TV - log_q_TV).nan_to_num(neginf=0.0)).sum(-1)
     dist.all_reduce(value_T)
     loss_T = _WithGradient.apply(logits_TV, value_T, log_q_TV.exp() - log_p_TV.exp())
@@ -122,15 +121,16 @@ def times_tp(shard: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_wrong_gradients(rank: int, world_size: int) -> None:
-    from megatron_gkd.losses.certificate import Case, certify
-    from megatron_gkd.losses.objective import Objective
+    from megatron_gkd.config.loss import LossSettings
+    from megatron_gkd.losses.verify.certificate import certify
+    from megatron_gkd.losses.verify.problem import Case
 
     for loss, how, from_entries in (
         (without_the_mass, KNOWN, True),
         (reduced_without_autograd, {"divergence": "reverse_kl"}, False),
         (times_tp, {"divergence": "jsd"}, False),
     ):
-        case = Case(objective=Objective(**how), tokens_per_chunk=16, from_entries=from_entries)
+        case = Case(settings=LossSettings(**how), tokens_per_chunk=16, from_entries=from_entries)
         result = certify(case, group=dist.group.WORLD, device=torch.device("cpu"), loss=loss)
         assert result.value_error <= 1e-6, str(result)  # a test of the value alone would let it pass
         assert result.student_error > 0.01, str(result)
@@ -146,7 +146,7 @@ def test_three_wrong_gradients_behind_right_values_are_caught(run_on_ranks):
 
 def check_start_of_a_run(rank: int, world_size: int, config_file) -> None:
     from megatron_gkd.config import load_config
-    from megatron_gkd.losses.certificate import Certificate, CertificateError
+    from megatron_gkd.losses.verify.certificate import Certificate, CertificateError
     from megatron_gkd.train import loss
 
     config, cpu = load_config(config_file), torch.device("cpu")
@@ -154,7 +154,8 @@ def check_start_of_a_run(rank: int, world_size: int, config_file) -> None:
         with student_groups(split) as groups:
             loss.certify_run(config, groups, cpu)
             bad_error = 0.1 if rank == world_size - 1 else 0.0
-            found = Certificate(loss.case_of_run(config), split.tp, 0.0, bad_error, 0.0)
+            (case,) = loss.cases_of_run(config, cpu)
+            found = Certificate(case, split.tp, 0.0, bad_error, 0.0)
             with (
                 mock.patch.object(loss, "certify", return_value=found),
                 pytest.raises(CertificateError, match=r"nothing is trained.*loss\.certify=false"),

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.losses import distill_loss
-from megatron_gkd.losses.reference import dense_divergence, relative_error
+from megatron_gkd.losses.verify.reference import dense_divergence, relative_error
 from tests.support.counting import counted
 from tests.support.loss_cases import make_logits, make_upstream
 from tests.support.shards import assert_equal_on_all_ranks, padded_shard, summed

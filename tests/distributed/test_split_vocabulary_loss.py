@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.losses import DIVERGENCES, distill_loss, linear_cross_entropy, linear_distill_loss
-from megatron_gkd.losses.reference import dense_cross_entropy, dense_divergence, relative_error
+from megatron_gkd.losses.verify.reference import dense_cross_entropy, dense_divergence, relative_error
 from tests.support.loss_cases import (
     DIVERGENCE_CASES,
     make_labels,

@@ -13,7 +13,7 @@ from megatron_gkd.losses import (
     linear_top_k_distill_loss,
     top_k_distill_loss,
 )
-from megatron_gkd.losses.reference import (
+from megatron_gkd.losses.verify.reference import (
     dense_cross_entropy,
     dense_divergence,
     dense_known,

@@ -229,13 +229,13 @@ def _train_on_entries(rank: int, world_size: int, full_file: Path, entries_file:
             teacher.score = score_entries
             head_VH = None
         result, loss = update(student, teacher, head_VH, _batches()[0], 0, config)
-        results.append((loss, result.grad_norm, result.details))
+        results.append((loss, result.grad_norm, result.metrics))
         leave()
-    (loss, norm, _), (entry_loss, entry_norm, details) = results
+    (loss, norm, _), (entry_loss, entry_norm, metrics) = results
     assert entry_loss == pytest.approx(loss, rel=1e-5)
     assert entry_norm == pytest.approx(norm, rel=1e-5)
-    assert details["retained_mass"] == pytest.approx(1.0, abs=1e-5)
-    assert details["divergence"] == pytest.approx(loss, rel=1e-4)
+    assert metrics["retained_mass"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["divergence"] == pytest.approx(loss, rel=1e-4)
 
 
 def _poison(rank: int, world_size: int, config_file: Path) -> None:

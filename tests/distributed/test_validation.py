@@ -43,7 +43,7 @@ def _prompts() -> list[Prompt]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> tuple[Path, Path, float]:
     """(student, teacher, mean loss of the rows by dense models)."""
-    from megatron_gkd.losses.reference import dense_divergence
+    from megatron_gkd.losses.verify.reference import dense_divergence
     from tests.support.hf_reference import load_hf_model, logits
 
     folder = tmp_path_factory.mktemp("validation")

@@ -113,6 +113,24 @@ def make_labels(tokens: int, vocab: int, seed: int = 0) -> Tensor:
     return labels_T
 
 
+def make_similar_logits(tokens: int, vocab: int, distance: float) -> tuple[Tensor, Tensor]:
+    """(student, teacher) [T, V] in float64 whose digits float32 holds; their KL is about distance^2 / 2 nats."""
+    rng = torch.Generator().manual_seed(3)
+    teacher_TV, noise_TV = (torch.randn(tokens, vocab, generator=rng, dtype=torch.float64) for _ in range(2))
+    teacher_TV = (3 * teacher_TV).float().double()
+    return (teacher_TV + distance * noise_TV).float().double(), teacher_TV
+
+
+def make_independent_logits(tokens: int, vocab: int, std: float) -> tuple[Tensor, Tensor]:
+    """(student, teacher) [T, V] in float64 whose digits float32 holds, without anything in common."""
+    rng = torch.Generator().manual_seed(4)
+    student_TV, teacher_TV = (
+        (std * torch.randn(tokens, vocab, generator=rng, dtype=torch.float64)).float().double()
+        for _ in range(2)
+    )
+    return student_TV, teacher_TV
+
+
 def make_upstream(tokens: int, seed: int = 0) -> Tensor:
     """[T] float64 upstream gradient or token weight, exact in float32, with a 0 in it."""
     upstream_T = torch.rand(tokens, generator=torch.Generator().manual_seed(seed + 100)).double()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_gkd.data.sample import Batch
-from megatron_gkd.losses.reference import dense_divergence
+from megatron_gkd.losses.verify.reference import dense_divergence
 from tests.support.hf_reference import load_hf_model
 
 _ONE_A = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "fc1", "up_proj": "fc1"}

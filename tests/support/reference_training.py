@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.data.sample import Batch
-from megatron_gkd.losses.reference import dense_cross_entropy, dense_divergence
+from megatron_gkd.losses.verify.reference import dense_cross_entropy, dense_divergence
 from tests.support.hf_reference import load_hf_model
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_gkd.losses.divergences import WeightedKL, make_divergence
-from megatron_gkd.losses.kernels import find_kernels
-from megatron_gkd.losses.softmax import Temperatures
+from megatron_gkd.losses.divergences import AdaptiveKL, WeightedKL, make_divergence
+from megatron_gkd.losses.kernels import make_kernels
+from megatron_gkd.losses.vocab_parallel import Temperatures
 
 _NAMES = ("forward_kl", "mixed_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 _TAUS = Temperatures(1.0, 1.0)
@@ -37,7 +37,7 @@ def main() -> int:
     device = torch.accelerator.current_accelerator()
     student_TV = torch.randn(args.rows, args.vocab, device=device, dtype=getattr(torch, args.dtype))
     teacher_TV = student_TV + torch.randn_like(student_TV) / 3
-    for name, units, run in passes(student_TV, teacher_TV, find_kernels(args.backend)):
+    for name, units, run in passes(student_TV, teacher_TV, args.backend):
         seconds = median_seconds(run, args.repeats)
         rate = units * student_TV.nbytes / seconds / 1e9
         print(f"{name:34} {seconds * 1e3:8.3f} ms {rate:8.0f} GB/s")  # noqa: T201
@@ -45,28 +45,27 @@ def main() -> int:
 
 
 def passes(
-    student_TV: Tensor, teacher_TV: Tensor, kernels: Any
+    student_TV: Tensor, teacher_TV: Tensor, backend: str
 ) -> Iterator[tuple[str, int, Callable[[], Any]]]:
     """(name, how many times the bytes of one model's logits are moved, the pass)."""
     out_TV = torch.empty_like(student_TV)
     pair = student_TV, teacher_TV
-    norms_T4 = kernels.normalizers(*pair, _TAUS)
-    stats_T5 = torch.cat([norms_T4, norms_T4[:, :1]], -1)
-    upstream_T = torch.ones_like(norms_T4[:, 0])
     yield "copy", 2, lambda: out_TV.copy_(student_TV)
-    yield "normalizers", 2, lambda: kernels.normalizers(*pair, _TAUS)
     for name in _NAMES:
-        divergence = make_divergence(name, 0.5, 0.1, 0.5)
-        if isinstance(divergence, WeightedKL):
-            sums, gradient = (kernels.kl_sums, (*pair, divergence, _TAUS)), kernels.write_kl_gradient
-        else:
-            sums, gradient = (
-                (kernels.term_sums, (*pair, norms_T4, divergence, _TAUS)),
-                kernels.write_gradient,
-            )
-        tail = (stats_T5, upstream_T, divergence, _TAUS, out_TV)
-        yield f"{name} sums", 2, lambda sums=sums: sums[0](*sums[1])
-        yield f"{name} gradient", 3, lambda run=gradient, tail=tail: run(*pair, *tail)
+        divergence = make_divergence(name, beta=0.5, alpha=0.1, weight=0.5)
+        assert not isinstance(divergence, AdaptiveKL)  # which has no kernels of its own
+        kernels = make_kernels(backend, divergence, _TAUS)
+        first_TK = kernels.first(*pair)
+        # any finite numbers will do: the passes take the same time
+        stats_T6 = torch.ones(len(first_TK), 6, device=first_TK.device)
+        yield f"{name} first", 2, lambda kernels=kernels: kernels.first(*pair)
+        stats_TK = stats_T6[:, :5]
+        if not isinstance(divergence, WeightedKL):
+            stats_TK = stats_T6
+            norms_T5 = stats_T6[:, :5].contiguous()
+            yield f"{name} second", 2, lambda kernels=kernels, n=norms_T5: kernels.second(*pair, n)
+        tail = stats_TK.contiguous(), stats_T6[:, 0].contiguous(), out_TV
+        yield f"{name} gradient", 3, lambda kernels=kernels, tail=tail: kernels.gradient(*pair, *tail)
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:

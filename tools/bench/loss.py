@@ -24,7 +24,7 @@ from harness import (
 )
 from torch import Tensor
 
-from megatron_gkd.losses.reference import dense_divergence, relative_error
+from megatron_gkd.losses.verify.reference import dense_divergence, relative_error
 
 HIDDEN_SIZE = 64
 CHECKED_ROWS = 32

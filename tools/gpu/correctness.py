@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.losses import DIVERGENCES, linear_distill_loss
-from megatron_gkd.losses.reference import dense_divergence, relative_error
+from megatron_gkd.losses.verify.reference import dense_divergence, relative_error
 from megatron_gkd.platform.products import matmul_into
 from tools.gpu.machine import Machine
 from tools.gpu.report import StageReport

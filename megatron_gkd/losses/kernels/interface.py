@@ -1,104 +1,91 @@
-"""What a back end computes for a comparison with a teacher's logits.
+"""What a back end computes for the divergence from a teacher's logits.
 
-x and y are the student's and the teacher's logits divided by their temperatures; M and S the max and the sum of
-exp((logit - M) / temperature) over the whole vocabulary, of logits that are not divided.
+x and y are the student's and the teacher's logits divided by their temperatures; m and s the max and the sum of
+exp((logit - m) / temperature) over this rank's shard, M and S those over the whole vocabulary; the maxima are of logits
+that are not divided.
 
 Shapes: T = tokens, V = real vocabulary entries held by this rank (maybe 0), K = numbers per token.
 """
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from megatron_gkd.losses.divergences import Divergence, WeightedKL
-from megatron_gkd.losses.softmax import Temperatures
+from megatron_gkd.losses.vocab_parallel import Temperatures
 
 
-class DenseKernels(Protocol):
-    """Passes over [T, V]. All arithmetic and all returned numbers are float32 (float64 for float64 logits).
+@dataclass(frozen=True)
+class DenseKernels(ABC):
+    """Three passes over [T, V]; arithmetic and returned numbers are float32 (float64 for float64 logits).
 
-    Where ``out_TV`` is given it may be the storage of ``student_TV``, and its dtype any float type. No row touches
-    another: a NaN stays in its own.
+    A weighted KL needs ``first`` and ``gradient``, any other divergence all three. No row touches another: a NaN stays in
+    its own.
+
+    Attributes:
+        divergence: What is computed.
+        temperatures: Divisors of the logits.
+        rows_per_pass: Rows of one elementwise pass; ``None``: chosen from the shapes.
     """
 
-    def kl_sums(
-        self, student_TV: Tensor, teacher_TV: Tensor, kl: WeightedKL, temperatures: Temperatures, /
-    ) -> Tensor:
-        """[T, 4 + directions] of this rank's shard: max and sum of exp of x, the same of y, and the cross sums.
+    divergence: Divergence
+    temperatures: Temperatures
+    rows_per_pass: int | None = None
 
-        The cross sum of the forward direction is sum_v e^(y - m_y) [(y - m_y) - (x - m_x)], that of the reverse one the
-        same with x and y exchanged; each is there if its weight is not 0, forward first.
+    @property
+    def num_first(self) -> int:
+        """Numbers per token that ``first`` returns."""
+        kl = self.divergence
+        return 4 + (kl.forward != 0) + (kl.reverse != 0) if isinstance(kl, WeightedKL) else 5
+
+    @abstractmethod
+    def first(self, student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
+        """[T, num_first] statistics of this rank's shard.
+
+        Of a weighted KL: m_x, m_y, min(s_x, s_y), D = s_x - s_y, and a cross sum for each direction with a weight, the
+        forward one first. With d = (y - m_y) - (x - m_x), that of the forward direction is
+        B = sum_v e^(y - m_y) (d + e^-d - 1) where D <= s_y, and A = sum_v e^(y - m_y) d = B - D elsewhere; the reverse
+        direction exchanges x and y. D and B are sums of differences, so that similar models keep their digits.
+
+        Of any other divergence: m_x, s_x, m_y, s_y, and the teacher's logit of the student's most probable entry.
         """
-        ...
 
-    def write_kl_gradient(
-        self,
-        student_TV: Tensor,
-        teacher_TV: Tensor,
-        stats_T5: Tensor,
-        upstream_T: Tensor,
-        kl: WeightedKL,
-        temperatures: Temperatures,
-        out_TV: Tensor,
-        /,
-    ) -> None:
-        """Write upstream (forward (q - p) + reverse q (log q - log p - KL(q || p))) / temperature.
+    @abstractmethod
+    def second(
+        self, student_TV: Tensor, teacher_TV: Tensor, norms_T5: Tensor, *, overwrite: bool = False
+    ) -> Tensor:
+        """[T, 2] sums over this rank's shard of the divergence's values and of r.
 
-        ``stats_T5`` is M_x, S_x, M_y, S_y, KL(q || p). Exactly 0 where p = q.
+        Args:
+            student_TV: Student's logits.
+            teacher_TV: Teacher's logits.
+            norms_T5: M_x, S_x, M_y, S_y of the whole vocabulary, and p / q of the student's most probable entry.
+            overwrite: The logits' storage may be used to keep what ``gradient`` needs.
         """
-        ...
 
-    def normalizers(self, student_TV: Tensor, teacher_TV: Tensor, temperatures: Temperatures, /) -> Tensor:
-        """[T, 4] max and sum of exp of x, the same of y, over this rank's shard."""
-        ...
-
-    def term_sums(
+    @abstractmethod
+    def gradient(
         self,
         student_TV: Tensor,
         teacher_TV: Tensor,
-        norms_T4: Tensor,
-        divergence: Divergence,
-        temperatures: Temperatures,
-        /,
-    ) -> Tensor:
-        """[T, 2] sums over this rank's shard of the divergence's values and of its r; ``norms_T4`` is M_x, S_x, M_y, S_y."""
-        ...
-
-    def write_gradient(
-        self,
-        student_TV: Tensor,
-        teacher_TV: Tensor,
-        stats_T5: Tensor,
+        stats_TK: Tensor,
         upstream_T: Tensor,
-        divergence: Divergence,
-        temperatures: Temperatures,
         out_TV: Tensor,
-        /,
+        *,
+        is_overwritten: bool = False,
     ) -> None:
-        """Write upstream (r - q E) / temperature; ``stats_T5`` is M_x, S_x, M_y, S_y, E."""
-        ...
+        """Write upstream * d divergence / d logits of the student.
 
-    def term_sums_(
-        self,
-        student_TV: Tensor,
-        teacher_TV: Tensor,
-        norms_T4: Tensor,
-        divergence: Divergence,
-        temperatures: Temperatures,
-        /,
-    ) -> Tensor:
-        """As ``term_sums``; may leave in both storages what ``write_gradient_`` needs."""
-        ...
+        Of a weighted KL upstream (forward (q - p) + reverse q (log q - log p - KL(q || p))) / temperature, exactly 0 where
+        p = q; ``stats_TK`` is M_x, S_x, M_y, S_y, KL(q || p). Of any other divergence upstream (r - q E) / temperature;
+        ``stats_TK`` is ``norms_T5`` and E = sum_v r_v.
 
-    def write_gradient_(
-        self,
-        student_TV: Tensor,
-        teacher_TV: Tensor,
-        stats_T5: Tensor,
-        upstream_T: Tensor,
-        divergence: Divergence,
-        temperatures: Temperatures,
-        /,
-    ) -> None:
-        """As ``write_gradient`` into ``student_TV``, after ``term_sums_``."""
-        ...
+        Args:
+            student_TV: Student's logits, or what ``second`` left in their storage.
+            teacher_TV: Teacher's logits, likewise.
+            stats_TK: Numbers of the whole vocabulary.
+            upstream_T: Factor of each row.
+            out_TV: Any float dtype; may be the storage of ``student_TV``.
+            is_overwritten: ``second`` ran with ``overwrite``.
+        """

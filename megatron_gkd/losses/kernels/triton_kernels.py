@@ -17,7 +17,7 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def softmax_sums(
+def kl_sums(
     x_ptr,
     y_ptr,
     out_ptr,
@@ -30,14 +30,17 @@ def softmax_sums(
     REVERSE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Max and sum of exp of x, the same of y, and the cross sums of the directions asked for: [T, 4 + directions]."""
+    """Maxima, the smaller sum of exp, the sums' difference, and a cross sum for each direction: [T, 4 + directions]."""
     row = tl.program_id(0).to(tl.int64)
     max_x = tl.full((), _LOWEST, tl.float32)
     max_y = tl.full((), _LOWEST, tl.float32)
     sum_x = tl.zeros((TILE,), tl.float32)
     sum_y = tl.zeros((TILE,), tl.float32)
+    difference = tl.zeros((TILE,), tl.float32)
     forward = tl.zeros((TILE,), tl.float32)
+    forward_cross = tl.zeros((TILE,), tl.float32)
     reverse = tl.zeros((TILE,), tl.float32)
+    reverse_cross = tl.zeros((TILE,), tl.float32)
     for start in range(0, num_columns, TILE):
         columns = start + tl.arange(0, TILE)
         x = _read(x_ptr + row * x_stride, columns, num_columns)
@@ -52,32 +55,119 @@ def softmax_sums(
         y = (y - new_max_y) * inverse_tau_y
         q = tl.exp(x)
         p = tl.exp(y)
+        # sums so far, moved to the new maxima: every log ratio y - x grows by far_y - far_x
         if FORWARD:
-            forward = _times(scale_y, forward + _times(sum_y, far_y - far_x)) + _times(p, y - x)
+            forward, forward_cross = _moved(
+                forward, forward_cross, sum_y, difference, far_y - far_x, scale_y, scale_x
+            )
+            small, cross = _kl_entries(p, q, y - x)
+            forward += small
+            forward_cross += cross
         if REVERSE:
-            reverse = _times(scale_x, reverse + _times(sum_x, far_x - far_y)) + _times(q, x - y)
-        sum_x = sum_x * scale_x + q
-        sum_y = sum_y * scale_y + p
+            reverse, reverse_cross = _moved(
+                reverse, reverse_cross, sum_x, -difference, far_x - far_y, scale_x, scale_y
+            )
+            small, cross = _kl_entries(q, p, x - y)
+            reverse += small
+            reverse_cross += cross
+        difference = difference * scale_x + sum_y * _gap(scale_y, scale_x, far_y - far_x) + _gap(p, q, y - x)
+        sum_x = _rescaled(sum_x, scale_x) + q
+        sum_y = _rescaled(sum_y, scale_y) + p
         max_x = new_max_x
         max_y = new_max_y
     out_ptr += row * (4 + FORWARD + REVERSE)
     tl.store(out_ptr, max_x)
+    tl.store(out_ptr + 1, max_y)
+    tl.store(out_ptr + 2, tl.minimum(tl.sum(sum_x, 0), tl.sum(sum_y, 0)))
+    tl.store(out_ptr + 3, tl.sum(difference, 0))
+    if FORWARD:
+        _store_cross(out_ptr + 4, difference, sum_y, forward, forward_cross)
+    if REVERSE:
+        _store_cross(out_ptr + (4 + FORWARD), -difference, sum_x, reverse, reverse_cross)
+
+
+@triton.jit
+def _store_cross(out_ptr, difference, sum_a, small, cross):
+    """B where D <= S, else A, see ``DenseKernels.first``."""
+    is_small = tl.sum(difference, 0) <= tl.sum(sum_a, 0)  # pyright: ignore[reportOperatorIssue]
+    tl.store(out_ptr, tl.where(is_small, tl.sum(small, 0), tl.sum(cross, 0)))
+
+
+@triton.jit
+def _moved(small, cross, sum_a, difference, shift, scale_a, scale_b):
+    """The cross sums of KL(a || b) after a grew by ``scale_a``, b by ``scale_b`` and so the log ratios by ``shift``."""
+    small_shift, cross_shift = _kl_entries(scale_a, scale_b, shift)
+    small = small * scale_a + _times(sum_a, small_shift) + _times(difference, _gap(scale_a, scale_b, shift))
+    return small, cross * scale_a + _times(sum_a, cross_shift)
+
+
+@triton.jit
+def _gap(a, b, d):
+    """B - a with d = log(a / b)."""
+    return tl.where(tl.abs(d) <= 0.5, a * _expm1(-d), b - a)
+
+
+@triton.jit
+def _kl_entries(a, b, d):
+    """(a (d + e^-d - 1), a d) with d = log(a / b)."""
+    cross = _times(a, d)
+    return tl.where(tl.abs(d) <= 0.5, a * _expm1_minus(-d), cross + (b - a)), cross
+
+
+@triton.jit
+def normalizers(
+    x_ptr,
+    y_ptr,
+    out_ptr,
+    num_columns,
+    x_stride,
+    y_stride,
+    inverse_tau_x,
+    inverse_tau_y,
+    TILE: tl.constexpr,
+):
+    """Max and sum of exp of x, the same of y, and y at the max of x (the largest, if several x share it): [T, 5]."""
+    row = tl.program_id(0).to(tl.int64)
+    max_x = tl.full((), _LOWEST, tl.float32)
+    max_y = tl.full((), _LOWEST, tl.float32)
+    at_max = tl.full((), float("-inf"), tl.float32)
+    sum_x = tl.zeros((TILE,), tl.float32)
+    sum_y = tl.zeros((TILE,), tl.float32)
+    for start in range(0, num_columns, TILE):
+        columns = start + tl.arange(0, TILE)
+        x = _read(x_ptr + row * x_stride, columns, num_columns)
+        y = _read(y_ptr + row * y_stride, columns, num_columns)
+        new_max_x = tl.maximum(max_x, tl.max(x, 0))
+        new_max_y = tl.maximum(max_y, tl.max(y, 0))
+        tile_at_max = tl.max(tl.where(x == new_max_x, y, float("-inf")), 0)
+        at_max = tl.where(max_x == new_max_x, tl.maximum(at_max, tile_at_max), tile_at_max)
+        scale_x = tl.exp((max_x - new_max_x) * inverse_tau_x)
+        scale_y = tl.exp((max_y - new_max_y) * inverse_tau_y)
+        sum_x = _rescaled(sum_x, scale_x) + tl.exp((x - new_max_x) * inverse_tau_x)
+        sum_y = _rescaled(sum_y, scale_y) + tl.exp((y - new_max_y) * inverse_tau_y)
+        max_x = new_max_x
+        max_y = new_max_y
+    out_ptr += row * 5
+    tl.store(out_ptr, max_x)
     tl.store(out_ptr + 1, tl.sum(sum_x, 0))
     tl.store(out_ptr + 2, max_y)
     tl.store(out_ptr + 3, tl.sum(sum_y, 0))
-    if FORWARD:
-        tl.store(out_ptr + 4, tl.sum(forward, 0))
-    if REVERSE:
-        tl.store(out_ptr + (4 + FORWARD), tl.sum(reverse, 0))
+    tl.store(out_ptr + 4, at_max)
+
+
+@triton.jit
+def _rescaled(total, scale):
+    """Sums of exp relative to a max that has grown."""
+    return total * scale
 
 
 @triton.jit
 def kl_gradient(
     x_ptr,
     y_ptr,
+    out_ptr,
     stats_ptr,
     upstream_ptr,
-    out_ptr,
     num_columns,
     x_stride,
     y_stride,
@@ -99,9 +189,8 @@ def kl_gradient(
     max_y = tl.load(stats_ptr + 2)
     sum_y = tl.load(stats_ptr + 3)
     upstream = tl.load(upstream_ptr + row) * inverse_tau_x
-    upstream += 0.0 * (
-        tl.log(sum_x) + tl.log(sum_y)
-    )  # NaN if one of them is no positive number: _times drops NaN
+    # NaN if one of them is no positive number: _times drops NaN
+    upstream += 0.0 * (tl.log(sum_x) + tl.log(sum_y))
     x = (_read(x_ptr + row * x_stride, columns, num_columns) - max_x) * inverse_tau_x
     y = (_read(y_ptr + row * y_stride, columns, num_columns) - max_y) * inverse_tau_y
     q = tl.exp(x)
@@ -116,7 +205,7 @@ def kl_gradient(
 
 
 @triton.jit
-def term_sums(
+def entry_sums(
     x_ptr,
     y_ptr,
     norms_ptr,
@@ -132,20 +221,13 @@ def term_sums(
 ):
     """[T, 2] sums of a divergence's values and of its r."""
     row = tl.program_id(0).to(tl.int64)
-    norms_ptr += row * 4
-    max_x = tl.load(norms_ptr)
-    log_sum_x = tl.log(tl.load(norms_ptr + 1))
-    max_y = tl.load(norms_ptr + 2)
-    log_sum_y = tl.log(tl.load(norms_ptr + 3))
     value_sum = tl.zeros((TILE,), tl.float32)
     r_sum = tl.zeros((TILE,), tl.float32)
     for start in range(0, num_columns, TILE):
         columns = start + tl.arange(0, TILE)
         x = _read(x_ptr + row * x_stride, columns, num_columns)
         y = _read(y_ptr + row * y_stride, columns, num_columns)
-        log_q = (x - max_x) * inverse_tau_x - log_sum_x
-        log_p = (y - max_y) * inverse_tau_y - log_sum_y
-        value, r = _entries(log_p, log_q, tl.exp(log_p), tl.exp(log_q), weight, FORMULA)
+        value, r, _ = _entries(x, y, norms_ptr + row * 5, inverse_tau_x, inverse_tau_y, weight, FORMULA)
         value_sum += value
         r_sum += r
     tl.store(out_ptr + row * 2, tl.sum(value_sum, 0))
@@ -153,12 +235,12 @@ def term_sums(
 
 
 @triton.jit
-def term_gradient(
+def entry_gradient(
     x_ptr,
     y_ptr,
+    out_ptr,
     stats_ptr,
     upstream_ptr,
-    out_ptr,
     num_columns,
     x_stride,
     y_stride,
@@ -172,44 +254,49 @@ def term_gradient(
     """Upstream (r - q E) / temperature of one tile of a row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    stats_ptr += row * 5
-    max_x = tl.load(stats_ptr)
-    log_sum_x = tl.log(tl.load(stats_ptr + 1))
-    max_y = tl.load(stats_ptr + 2)
-    log_sum_y = tl.log(tl.load(stats_ptr + 3))
-    r_sum = tl.load(stats_ptr + 4)
+    stats_ptr += row * 6
     upstream = tl.load(upstream_ptr + row) * inverse_tau_x
     x = _read(x_ptr + row * x_stride, columns, num_columns)
     y = _read(y_ptr + row * y_stride, columns, num_columns)
-    log_q = (x - max_x) * inverse_tau_x - log_sum_x
-    log_p = (y - max_y) * inverse_tau_y - log_sum_y
-    q = tl.exp(log_q)
-    _, r = _entries(log_p, log_q, tl.exp(log_p), q, weight, FORMULA)
-    _write(out_ptr + row * out_stride, columns, num_columns, (r - q * r_sum) * upstream)
+    _, r, q = _entries(x, y, stats_ptr, inverse_tau_x, inverse_tau_y, weight, FORMULA)
+    _write(out_ptr + row * out_stride, columns, num_columns, (r - q * tl.load(stats_ptr + 5)) * upstream)
 
 
 @triton.jit
-def _entries(log_p, log_q, p, q, weight, FORMULA: tl.constexpr):
-    """(value, r) of every entry, as ``losses.divergences`` has them; both 0 beyond the last column, where p = q = 0."""
+def _entries(x, y, norms_ptr, inverse_tau_x, inverse_tau_y, weight, FORMULA: tl.constexpr):
+    """(value, r, q) of every entry, as ``losses.divergences`` has them; all 0 beyond the last column, where p = q = 0."""
+    log_q = (x - tl.load(norms_ptr)) * inverse_tau_x - tl.log(tl.load(norms_ptr + 1))
+    log_p = (y - tl.load(norms_ptr + 2)) * inverse_tau_y - tl.log(tl.load(norms_ptr + 3))
+    top_ratio = tl.load(norms_ptr + 4)
+    p = tl.exp(log_p)
+    q = tl.exp(log_q)
+    far = top_ratio < 0.5
     if FORMULA == "tvd":
-        sign = tl.where(log_q > log_p, 1.0, 0.0) - tl.where(log_q < log_p, 1.0, 0.0)
         value = 0.5 * tl.abs(q - p)
-        r = 0.5 * (q * sign)
+        r = 0.5 * (q * (_sign(log_q, log_p) - _sign(1.0, top_ratio)))
     elif FORMULA == "jsd":
-        log_p_over_m, log_q_over_m = _log_ratios_to_mixture(log_p, log_q, weight)
-        r = _times((1.0 - weight) * q, log_q_over_m)
+        log_p_over_m, log_q_over_m, centered = _log_ratios_to_mixture(log_p, log_q, weight, far)
+        student = _times((1.0 - weight) * q, log_q_over_m)
+        r = _times((1.0 - weight) * q, centered)
         # a sum of two products instead makes LLVM crash in Triton 3.9 for sm_90
-        value = tl.fma(weight * p, tl.where(p == 0.0, 0.0, log_p_over_m), r)
+        value = tl.fma(weight * p, tl.where(p == 0.0, 0.0, log_p_over_m), student)
     elif FORMULA == "skew_forward_kl":
-        log_p_over_m, _ = _log_ratios_to_mixture(log_p, log_q, weight)
-        r = (weight - 1.0) * _times(q, _expm1(log_p_over_m))
+        log_p_over_m, _, _ = _log_ratios_to_mixture(log_p, log_q, weight, far)
+        ratio = tl.where(far, tl.exp(log_p_over_m), _expm1(log_p_over_m))
+        r = (weight - 1.0) * _times(q, ratio)
         value = _kl_terms(log_p, log_q, p, q, log_p_over_m, 1.0 - weight)
     else:
         tl.static_assert(FORMULA == "skew_reverse_kl")
-        _, log_q_over_m = _log_ratios_to_mixture(log_p, log_q, 1.0 - weight)
-        r = _times(q, log_q_over_m - weight * _expm1(log_q_over_m))
+        _, log_q_over_m, centered = _log_ratios_to_mixture(log_p, log_q, 1.0 - weight, far)
+        r = _times(q, centered - tl.where(far, 1.0, weight) * _expm1(centered))
         value = _kl_terms(log_q, log_p, q, p, log_q_over_m, 1.0 - weight)
-    return value, r
+    return value, r, q
+
+
+@triton.jit
+def _sign(a, b):
+    """Sign of a - b; 0 where both are -inf."""
+    return tl.where(a > b, 1.0, 0.0) - tl.where(a < b, 1.0, 0.0)
 
 
 @triton.jit
@@ -222,30 +309,42 @@ def _kl_terms(log_a, log_b, a, b, log_a_over_m, share_b):
 
 
 @triton.jit
-def _log_ratios_to_mixture(log_p, log_q, weight_p):
-    """(log p/m, log q/m) for m = weight_p p + (1 - weight_p) q; both exactly 0 where p = q."""
+def _log_ratios_to_mixture(log_p, log_q, weight_p, far):
+    """(log p/m, log q/m, log q/m centered) for m = weight_p p + (1 - weight_p) q, see ``losses.divergences``."""
     d = log_p - log_q
-    weight_of_smaller = tl.where(d < 0.0, weight_p, 1.0 - weight_p)
-    log_max_over_m = -_log1p(weight_of_smaller * _expm1(-tl.abs(d)))
-    return log_max_over_m + tl.minimum(d, 0.0), log_max_over_m - tl.maximum(d, 0.0)
+    weight_q = 1.0 - weight_p
+    limit = -tl.log(weight_q)
+    is_small_p = tl.where(far, d, 0.0) < 0.0
+    distance = -tl.abs(d)
+    near = tl.where(d < 0.0, weight_p, weight_q) * _expm1(distance)
+    small = -_log1p(tl.where(is_small_p, tl.exp(distance) * (weight_p / weight_q), near))
+    log_max_over_m = tl.where(is_small_p, small + limit, small)
+    log_q_over_m = log_max_over_m - tl.maximum(d, 0.0)
+    centered = tl.where(is_small_p, small, tl.where(far, log_q_over_m - limit, log_q_over_m))
+    return log_max_over_m + tl.minimum(d, 0.0), log_q_over_m, centered
 
 
 @triton.jit
 def _expm1(u):
     """e^u - 1; Taylor's series where the difference would cancel, |u| <= 1/2, to a relative 1e-8."""
+    return tl.where(tl.abs(u) <= 0.5, u + _expm1_minus(u), tl.exp(u) - 1.0)
+
+
+@triton.jit
+def _expm1_minus(u):
+    """e^u - 1 - u for |u| <= 1/2, by Taylor's series."""
     series = tl.fma(u, 1.0 / 40320, 1.0 / 5040)
     series = tl.fma(u, series, 1.0 / 720)
     series = tl.fma(u, series, 1.0 / 120)
     series = tl.fma(u, series, 1.0 / 24)
     series = tl.fma(u, series, 1.0 / 6)
     series = tl.fma(u, series, 0.5)
-    series = tl.fma(u * u, series, u)
-    return tl.where(tl.abs(u) <= 0.5, series, tl.exp(u) - 1.0)
+    return u * u * series
 
 
 @triton.jit
 def _log1p(u):
-    """log(1 + u) for -1 < u <= 0; 2 atanh(u / (2 + u)) by its series where 1 + u would round, |u| <= 1/2, to 2e-9."""
+    """log(1 + u) for u > -1; 2 atanh(u / (2 + u)) by its series where 1 + u would round, |u| <= 1/2, to 2e-9."""
     s = u / (2.0 + u)
     square = s * s
     series = tl.fma(square, 1.0 / 17, 1.0 / 15)
@@ -256,7 +355,7 @@ def _log1p(u):
     series = tl.fma(square, series, 0.2)
     series = tl.fma(square, series, 1.0 / 3)
     series = tl.fma(s * square, series, s)
-    return tl.where(u >= -0.5, 2.0 * series, tl.log(1.0 + u))
+    return tl.where(tl.abs(u) <= 0.5, 2.0 * series, tl.log(1.0 + u))
 
 
 @triton.jit

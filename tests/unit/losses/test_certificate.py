@@ -5,6 +5,7 @@ Not covered here: tensor parallelism, wrong gradients and the tool's ranks (test
 
 import ast
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ import yaml
 
 from megatron_gkd.cli import verify_loss
 from megatron_gkd.config import load_config
-from megatron_gkd.losses import certificate, reference
-from megatron_gkd.losses.certificate import Case, certify
-from megatron_gkd.losses.chunked import Layer
-from megatron_gkd.losses.objective import Objective
+from megatron_gkd.config.loss import LossSettings
+from megatron_gkd.losses.fused_linear import LMHead
+from megatron_gkd.losses.verify import reference
+from megatron_gkd.losses.verify.certificate import certify, loss_of_training
+from megatron_gkd.losses.verify.problem import Case, every_case
 from megatron_gkd.platform import products
-from megatron_gkd.train.loss import case_of_run
+from megatron_gkd.train.loss import cases_of_run
 from tests.unit.config.conftest import write_hf_config
 
 CPU = torch.device("cpu")
@@ -27,15 +29,15 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens_per_chunk", [5, 32])
 def test_every_loss_is_that_of_float64(dtype, tokens_per_chunk):
-    for how in verify_loss._losses(None):
-        result = certify(Case(dtype=dtype, tokens_per_chunk=tokens_per_chunk, **how), group=None, device=CPU)
+    for case in every_case(dtype=dtype, tokens_per_chunk=tokens_per_chunk):
+        result = certify(case, group=None, device=CPU)
         assert result.is_passed, str(result)
         assert max(result.student_error, result.head_error) <= 2e-3, str(result)
 
 
 @pytest.mark.parametrize("tokens_per_chunk", [1, 5, 33, 40, 63, 64, 300])
 def test_the_problem_has_enough_tokens_and_a_last_chunk_that_is_not_full(tokens_per_chunk):
-    case = Case(objective=None, tokens_per_chunk=tokens_per_chunk)
+    case = Case(settings=None, tokens_per_chunk=tokens_per_chunk)
     assert case.num_tokens > 64
     assert tokens_per_chunk == 1 or case.num_tokens % tokens_per_chunk
 
@@ -47,23 +49,23 @@ def test_the_problem_has_enough_tokens_and_a_last_chunk_that_is_not_full(tokens_
 )
 def test_scale_and_cap_of_the_teacher_are_certified(monkeypatch, dtype, what):
     cases = [
-        Case(dtype=dtype, tokens_per_chunk=32, **how, **what)
-        for how in verify_loss._losses(None)
-        if how["objective"] and not how.get("from_entries")
+        replace(case, **what)
+        for case in every_case(dtype=dtype, tokens_per_chunk=32)
+        if case.settings and not case.from_entries
     ]
     assert len(cases) > 20
     for case in cases:
         result = certify(case, group=None, device=CPU)
         assert result.is_passed, str(result)
-    monkeypatch.setattr(Layer, "_finish_", lambda layer, logits_CV: logits_CV)
+    monkeypatch.setattr(LMHead, "_finished_", lambda head, logits_CV: logits_CV)
     assert not certify(cases[0], group=None, device=CPU).is_passed
 
 
 def test_a_gradient_of_the_logits_that_is_rounded_too_stays_within_the_bound(monkeypatch):
     monkeypatch.setattr(products, "rounds_factors", lambda device: True)
     errors = []
-    for how in verify_loss._losses(None):
-        result = certify(Case(dtype=torch.bfloat16, tokens_per_chunk=32, **how), group=None, device=CPU)
+    for case in every_case(dtype=torch.bfloat16, tokens_per_chunk=32):
+        result = certify(case, group=None, device=CPU)
         assert result.is_passed, str(result)
         errors.append(result.head_error)
     assert max(errors) > 2e-3  # so it was rounded
@@ -78,8 +80,8 @@ def test_the_reference_shares_no_code_with_the_losses():
 
 @pytest.mark.parametrize("wrong", ["value", "gradient", "nan"])
 def test_an_error_of_a_thousandth_is_refused(wrong):
-    case = Case(objective=Objective(divergence="jsd"), tokens_per_chunk=16)
-    own = certificate._own_loss(case, None)
+    case = Case(settings=LossSettings(divergence="jsd"), tokens_per_chunk=16)
+    own = loss_of_training(case, None)
 
     def loss(shard):
         total, loss_T = own(shard)
@@ -148,7 +150,7 @@ def test_the_tool_certifies_the_chunk_and_the_back_end_that_the_trainer_takes(
     config_file.write_text(yaml.safe_dump(tree))
     options = verify_loss._parse(["--config", str(config_file), *layout])
     (case,) = verify_loss._cases(options, options.tp or 1, CPU)
-    assert (case.objective.backend, case.tokens_per_chunk) == (backend, tokens_per_chunk)
+    assert (case.settings.backend, case.tokens_per_chunk) == (backend, tokens_per_chunk)
 
 
 def test_a_wrong_loss_gives_exit_code_1_and_is_marked(monkeypatch, capsys):
@@ -178,7 +180,7 @@ def test_a_wrong_loss_gives_exit_code_1_and_is_marked(monkeypatch, capsys):
     ],
 )
 def test_the_loss_of_a_run_is_what_is_certified(config_file, overrides, name):
-    case = case_of_run(load_config(config_file, overrides))
+    (case,) = cases_of_run(load_config(config_file, overrides), CPU)
     assert str(case) == name
     assert case.dtype == torch.bfloat16
     assert certify(case, group=None, device=CPU).is_passed
@@ -199,4 +201,5 @@ def test_the_chunk_is_picked_from_the_vocabulary_of_a_rank(
 ):
     for model in ("student", "teacher"):
         write_hf_config(Path(tree[model]["hf"]), vocab_size=vocab_size)
-    assert case_of_run(load_config(config_file, overrides)).tokens_per_chunk == expected
+    (case,) = cases_of_run(load_config(config_file, overrides), CPU)
+    assert case.tokens_per_chunk == expected

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from megatron_gkd.losses import DIVERGENCES, distill_loss
-from megatron_gkd.losses.kernels import compiled, find_kernels
-from megatron_gkd.losses.kernels.eager import EAGER
-from megatron_gkd.losses.objective import Objective
-from megatron_gkd.losses.reference import dense_divergence, relative_error
+from megatron_gkd.losses.dense import make_dense_loss
+from megatron_gkd.losses.divergences import make_divergence
+from megatron_gkd.losses.kernels import compiled, make_kernels
+from megatron_gkd.losses.kernels.eager import EagerKernels
+from megatron_gkd.losses.verify.reference import dense_divergence, relative_error
+from megatron_gkd.losses.vocab_parallel import Temperatures
 from tests.support.loss_cases import make_logits, make_upstream
 from tests.unit.losses.test_rounds import FakeGroup, in_step
 
@@ -126,12 +128,14 @@ def test_a_split_vocabulary_gives_the_value_and_gradient_of_float64(name):
     want, want_grad = dense(student, teacher, name, weight)
     shards = [(z[:, :200].float(), z[:, 200:].float()) for z in (student, teacher)]
     pairs = list(zip(*shards, strict=True))
-    comparisons = [
-        Objective(divergence=name, backend="compiled").against_logits(FakeGroup(rank, 2)) for rank in range(2)
+    divergence = make_divergence(name, beta=0.5)
+    losses = [
+        make_dense_loss(divergence, Temperatures(1.0, 1.0), FakeGroup(rank, 2), "compiled")
+        for rank in range(2)
     ]
-    results = in_step([c.rounds(x, y) for c, (x, y) in zip(comparisons, pairs, strict=True)])
-    for comparison, (x, y), (_, stats) in zip(comparisons, pairs, results, strict=True):
-        comparison.write_gradient(x, y, stats, weight.float(), x)
+    results = in_step([loss.rounds(x, y) for loss, (x, y) in zip(losses, pairs, strict=True)])
+    for loss, (x, y), (_, stats) in zip(losses, pairs, results, strict=True):
+        loss.write_gradient(x, y, stats, weight.float(), x)
     assert results[0][0].equal(results[1][0])
     assert relative_error(results[0][0], want) <= 1e-6
     assert relative_error(torch.cat([x for x, _ in pairs], -1), want_grad) <= 1e-6
@@ -169,8 +173,9 @@ def test_without_a_compiler_the_eager_back_end_is_taken_and_the_reason_logged(mo
 
     compiler.can_compile.cache_clear()
     monkeypatch.setattr(torch, "compile", fail)
-    assert find_kernels("compiled") is EAGER
-    assert find_kernels("compiled") is EAGER
+    for _ in range(2):
+        kernels = make_kernels("compiled", make_divergence("tvd"), Temperatures(1.0, 1.0))
+        assert isinstance(kernels, EagerKernels)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no working C++ compiler found" in caplog.text
     compiler.can_compile.cache_clear()

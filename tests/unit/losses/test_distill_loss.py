@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_gkd.losses import DIVERGENCES, distill_loss, softmax
+from megatron_gkd.losses import DIVERGENCES, distill_loss, vocab_parallel
 from megatron_gkd.losses.divergences import Separable
-from megatron_gkd.losses.reference import dense_divergence, relative_error
+from megatron_gkd.losses.verify.reference import dense_divergence, relative_error
 from tests.support.counting import counted
 from tests.support.loss_cases import (
     CASE_NAMES,
@@ -26,7 +26,7 @@ from tests.support.loss_cases import (
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Elementwise passes over one to three rows, so that every loop over pieces runs several times."""
-    monkeypatch.setattr(softmax, "_ELEMENTS_PER_PIECE", 1500)
+    monkeypatch.setattr(vocab_parallel, "_ELEMENTS_PER_PIECE", 1500)
 
 
 def dense_value_and_gradient(student, teacher, name, how, upstream):
@@ -228,9 +228,9 @@ def test_the_limit_makes_an_infinite_token_finite_and_takes_its_gradient():
             r"\(4, 12\) and teacher logits \(4, 13\).*make_vocab_size_divisible_by",
         ),
         ({"divergence": "jds"}, "unknown divergence 'jds'"),
-        ({"temperature": 0.0}, "temperature above 0, got 0.0"),
-        ({"teacher_temperature": -1.0}, "got 1.0 for the student and -1.0 for the teacher"),
-        ({"max_token_loss": 0.0}, "max_token_loss 0.0 is not above 0"),
+        ({"temperature": 0.0}, r"temperature: should be greater than 0 \(got 0.0\)"),
+        ({"teacher_temperature": -1.0}, r"teacher_temperature: should be greater than 0 \(got -1.0\)"),
+        ({"max_token_loss": 0.0}, r"max_token_loss: should be greater than 0 \(got 0.0\)"),
         ({"valid_vocab_size": 13}, r"valid_vocab_size 13 is not in \[1, 12\]"),
     ],
 )

@@ -9,13 +9,11 @@ from typing import get_args
 import pytest
 import torch
 
-from megatron_gkd.config.loss import Divergence, LossConfig
+from megatron_gkd.config.loss import Backend, Divergence, LossConfig
 from megatron_gkd.losses import DIVERGENCES
-from megatron_gkd.losses.divergences import WeightedKL, make_divergence
-from megatron_gkd.losses.estimators import ESTIMATORS, make_estimator
-from megatron_gkd.losses.objective import SUPPORTS
-from megatron_gkd.losses.reference import dense_formula
-from megatron_gkd.losses.sparse import Tail
+from megatron_gkd.losses.divergences import ESTIMATORS, WeightedKL, make_divergence, make_estimator
+from megatron_gkd.losses.kernels import BACKENDS
+from megatron_gkd.losses.verify.reference import dense_formula
 from tests.support.loss_cases import make_logits
 
 PARAMETERS = {"beta": 0.3, "alpha": 0.1, "weight": 0.4}
@@ -66,15 +64,15 @@ def test_entries_of_equal_models_are_exactly_zero_in_value(name):
 def test_jsd_keeps_its_accuracy_for_almost_equal_models():
     log_q = torch.randn(4, 100, dtype=torch.float64).log_softmax(-1)
     log_p = (log_q + 1e-5 * torch.randn(4, 100, dtype=torch.float64)).log_softmax(-1)
-    value, r = make_divergence("jsd", 0.5, 0, 0)(log_p, log_q)
+    value, r = make_divergence("jsd", beta=0.5)(log_p, log_q)
     d = log_p - log_q  # second order: JSD = sum q d^2 / 8, r = -q d / 4 up to a relative d
     torch.testing.assert_close(value.sum(-1), (log_q.exp() * d**2 / 8).sum(-1), rtol=1e-4, atol=0)
     torch.testing.assert_close(r, -log_q.exp() * d / 4, rtol=1e-4, atol=0)
 
 
 def test_jsd_at_its_end_points_is_forward_and_reverse_kl():
-    assert make_divergence("jsd", 0.0, 0, 0) == make_divergence("forward_kl", 0, 0, 0) == WeightedKL(1.0, 0.0)
-    assert make_divergence("jsd", 1.0, 0, 0) == make_divergence("reverse_kl", 0, 0, 0) == WeightedKL(0.0, 1.0)
+    assert make_divergence("jsd", beta=0.0) == make_divergence("forward_kl") == WeightedKL(1.0, 0.0)
+    assert make_divergence("jsd", beta=1.0) == make_divergence("reverse_kl") == WeightedKL(0.0, 1.0)
 
 
 @pytest.mark.parametrize("name", SEPARABLE)
@@ -110,8 +108,7 @@ def test_a_weighted_kl_without_a_direction_is_refused():
 
 def test_the_configuration_knows_the_same_names():
     assert get_args(Divergence) == tuple(DIVERGENCES)
-    assert get_args(LossConfig.model_fields["support"].annotation) == SUPPORTS
-    assert get_args(LossConfig.model_fields["tail"].annotation) == get_args(Tail)
+    assert get_args(Backend) == BACKENDS
     assert get_args(LossConfig.model_fields["estimator"].annotation) == tuple(ESTIMATORS)
 
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from megatron_gkd.cli.verify_loss import _losses
-from megatron_gkd.losses.combine import Sum, Term
-from megatron_gkd.losses.comparison import Joined
-from megatron_gkd.losses.cross_entropy import LabelComparison
-from megatron_gkd.losses.sparse import local_entries
+from megatron_gkd.config.loss import LossSettings
+from megatron_gkd.losses.distill import DistillLoss
+from megatron_gkd.losses.fused_linear import Logits
+from megatron_gkd.losses.sparse import KnownEntries
+from megatron_gkd.losses.verify.problem import Case, every_case
 from tests.support.loss_cases import make_known_entries, make_labels, make_logits, make_upstream
 
 VOCAB, NUM_KNOWN = 64, 20
@@ -21,7 +21,7 @@ SPLITS = {"2": [0, 40, 64], "4 uneven": [0, 3, 40, 41, 64], "4 with an empty sha
 
 
 class FakeGroup(NamedTuple):
-    """What a comparison may ask of a process group outside its rounds."""
+    """The part of a process group that a loss reads outside its rounds."""
 
     place: int
     num_ranks: int
@@ -49,47 +49,37 @@ def in_step(runs):
             return results
 
 
-def comparison_of(how: dict, group: Any) -> Sum:
-    objective, sft_weight = how["objective"], how.get("sft_weight", 0.0)
-    terms = []
-    if objective is not None:
-        comparison = (
-            objective.against_entries(group, NUM_KNOWN)
-            if how.get("from_entries")
-            else objective.against_logits(group)
-        )
-        terms.append(Term("divergence", (1 - sft_weight) * objective.scale, comparison))
-    if sft_weight:
-        terms.append(Term("cross_entropy", sft_weight, LabelComparison(group)))
-    return Sum(group, tuple(terms))
+def loss_and_target(case: Case, student, teacher, columns: slice, group: Any) -> tuple[Any, Any]:
+    """The loss of a token and its target for a shard of the whole teacher."""
+    distill = DistillLoss(case.settings or LossSettings(), sft_weight=case.sft_weight, group=group)
+    # shards may be uneven here, so the ids are counted from the first column by hand
+    labels = make_labels(len(teacher), VOCAB) - columns.start
+    shard: Any = Logits(teacher[:, columns])
+    if case.from_entries:
+        ids, log_probs = make_known_entries(teacher, NUM_KNOWN, dtype=torch.float32)
+        shard = KnownEntries(ids, log_probs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_gkd.losses.distill.first_id", lambda num_columns, group: 0)
+        chunked = distill._chunked(Logits(student[:, columns]), shard if case.settings else None, labels)
+    targets = list(chunked.target)
+    if case.from_entries:
+        known = targets[0].columns_TK
+        targets[0] = targets[0]._replace(columns_TK=torch.where(known < 0, known, known - columns.start))
+    return chunked.loss, tuple(targets)
 
 
-def target_of(how: dict, teacher, first: int, last: int) -> Joined:
-    """The targets of the terms for the shard [first, last) of the whole teacher."""
-    objective, labels = how["objective"], make_labels(len(teacher), VOCAB) - first
-    shard: Any = teacher[:, first:last]
-    targets = []
-    if how.get("from_entries"):
-        entries = make_known_entries(teacher, NUM_KNOWN, dtype=torch.float32)
-        targets.append(
-            local_entries(*entries, None, tail=objective.tail, num_tokens=len(teacher), first=first)
-        )
-    elif objective is not None:
-        targets.append(shard if objective.support == "full" else Joined([shard, labels]))
-    return Joined([*targets, labels] if how.get("sft_weight") else targets)
-
-
-def value_and_gradient(how, student, teacher, bounds, upstream):
+def value_and_gradient(case, student, teacher, bounds, upstream):
     columns = [slice(*pair) for pair in pairwise(bounds)]
-    targets = [target_of(how, teacher, c.start, c.stop) for c in columns]
-    comparisons = [comparison_of(how, FakeGroup(r, len(columns))) for r in range(len(columns))]
-    parts = list(zip(comparisons, columns, targets, strict=True))
+    parts = [
+        (*loss_and_target(case, student, teacher, c, FakeGroup(rank, len(columns))), c)
+        for rank, c in enumerate(columns)
+    ]
     torch.manual_seed(0)
-    results = in_step([comparison.rounds(student[:, c], target) for comparison, c, target in parts])
+    results = in_step([loss.rounds(student[:, c], target) for loss, target, c in parts])
     assert all(loss.equal(results[0][0]) for loss, _ in results)
     grads = [
-        comparison.gradient(student[:, c], target, stats, upstream)
-        for (comparison, c, target), (_, stats) in zip(parts, results, strict=True)
+        loss.gradient(student[:, c], target, saved, upstream)
+        for (loss, target, c), (_, saved) in zip(parts, results, strict=True)
     ]
     return results[0][0], torch.cat(grads, -1)
 
@@ -101,10 +91,10 @@ def test_no_loss_depends_on_how_the_vocabulary_is_split(split, dtype):
     upstream = make_upstream(24).to(dtype)
     # float32 rounds: relative to the largest entry, and to a small divergence
     tolerance = {"rtol": 1e-11, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 5e-6, "atol": 1e-6}
-    for how in _losses(None):
-        want, want_grad = value_and_gradient(how, student, teacher, [0, VOCAB], upstream)
-        loss, grad = value_and_gradient(how, student, teacher, SPLITS[split], upstream)
-        name = str(how)
+    for case in every_case():
+        want, want_grad = value_and_gradient(case, student, teacher, [0, VOCAB], upstream)
+        loss, grad = value_and_gradient(case, student, teacher, SPLITS[split], upstream)
+        name = str(case)
         torch.testing.assert_close(loss, want, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
         torch.testing.assert_close(
             grad, want_grad, **tolerance, msg=lambda text, name=name: f"{name}: {text}"

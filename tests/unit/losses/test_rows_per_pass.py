@@ -5,8 +5,7 @@ import torch
 
 from megatron_gkd.losses import distill_loss
 from megatron_gkd.losses.kernels import eager
-from megatron_gkd.losses.objective import Objective
-from megatron_gkd.losses.softmax import row_pieces
+from megatron_gkd.losses.vocab_parallel import row_pieces
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
@@ -25,10 +24,8 @@ def test_loss_and_gradient_are_the_same_for_any_number_of_rows(divergence):
 
 
 def test_a_pass_takes_as_many_rows_as_it_is_told(monkeypatch):
-    sizes, kl_sums = [], eager.kl_sums
-    monkeypatch.setattr(
-        eager, "kl_sums", lambda x_TV, *rest: (sizes.append(len(x_TV)), kl_sums(x_TV, *rest))[1]
-    )
+    sizes, first = [], eager.first
+    monkeypatch.setattr(eager, "first", lambda x_TV, *rest: (sizes.append(len(x_TV)), first(x_TV, *rest))[1])
     distill_loss(torch.zeros(5, 30), torch.ones(5, 30), divergence="forward_kl", rows_per_pass=2)
     assert sizes == [2, 2, 1]
 
@@ -52,5 +49,6 @@ def test_a_pass_is_cache_sized_on_a_cpu_and_bounded_on_any_other_device(device, 
 
 
 def test_a_pass_without_rows_is_refused():
-    with pytest.raises(ValueError, match="rows_per_pass 0 is not at least 1; None picks it"):
-        Objective(divergence="jsd", rows_per_pass=0)
+    logits_TV = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"rows_per_pass: should be greater than or equal to 1 \(got 0\)"):
+        distill_loss(logits_TV, logits_TV, divergence="jsd", rows_per_pass=0)

@@ -9,19 +9,18 @@ from functools import partial
 import pytest
 import torch
 
+from megatron_gkd.config.loss import LossSettings
 from megatron_gkd.losses import (
     DIVERGENCES,
+    DistillLoss,
     distill_loss,
     linear_distill_loss,
     linear_top_k_distill_loss,
-    softmax,
     top_k_distill_loss,
+    vocab_parallel,
 )
-from megatron_gkd.losses.chunked import Layer
-from megatron_gkd.losses.goals import logit_goal
-from megatron_gkd.losses.linear import weighted_loss
-from megatron_gkd.losses.objective import Objective
-from megatron_gkd.losses.reference import (
+from megatron_gkd.losses.fused_linear import LMHead
+from megatron_gkd.losses.verify.reference import (
     dense_divergence,
     dense_known,
     dense_support,
@@ -45,7 +44,7 @@ CASE_IDS = [f"{name} {how} {tail}" for name, how, tail in TOP_K_CASES]
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Elementwise passes over one to three rows, so that every loop over pieces runs several times."""
-    monkeypatch.setattr(softmax, "_ELEMENTS_PER_PIECE", 1500)
+    monkeypatch.setattr(vocab_parallel, "_ELEMENTS_PER_PIECE", 1500)
 
 
 def dense_value_and_gradient(student, entries, name, tail, how, upstream):
@@ -275,13 +274,10 @@ def test_the_reported_variance_is_that_of_the_estimate():
     inputs = make_linear_inputs(tokens=2, vocab=200)
     torch.manual_seed(2)
     repeated = [x.repeat_interleave(3000, 0) if i % 2 == 0 else x for i, x in enumerate(inputs)]
-    student, teacher = Layer(*repeated[:2]), Layer(*repeated[2:])
-    objective = Objective(divergence="reverse_kl", support="sampled", top_k=8, num_draws=8)
-    goal = logit_goal(student, teacher, objective, None, weight=1.0, group=None)
-    result, names = weighted_loss(
-        student, [goal], torch.ones(6000), group=None, valid_vocab_size=None, tokens_per_chunk=1000
-    )
-    reported = result.details_TP[:, names.index("variance")].view(2, -1).mean(1)
+    settings = LossSettings(divergence="reverse_kl", support="sampled", top_k=8, num_draws=8)
+    loss = DistillLoss(settings, tokens_per_chunk=1000)
+    result = loss.weighted(LMHead(*repeated[:2]), LMHead(*repeated[2:]))
+    reported = result.metrics["variance"].view(2, -1).mean(1)
     torch.testing.assert_close(reported, result.loss_T.view(2, -1).var(1), rtol=0.15, atol=0)
 
 
@@ -337,11 +333,11 @@ def test_weights_make_repeated_draws_count():
         ({"log_probs_TK": torch.zeros(4, 2)}, r"log-probabilities \(4, 2\)"),
         ({"student_TV": torch.zeros(5, 12)}, "do not fit 5 tokens of the student"),
         ({"weight_TK": torch.zeros(4, 3)}, "weights need tail=none, got bucket"),
-        ({"tail": "drop"}, "unknown tail 'drop'; loss.tail is one of bucket, renormalize, none"),
+        ({"tail": "drop"}, r"tail: should be 'bucket', 'renormalize' or 'none' \(got 'drop'\)"),
         ({"divergence": "adaptive_kl"}, "adaptive_kl .* needs support=full"),
-        ({"support": "all"}, "unknown support 'all'"),
-        ({"support": "token"}, "support=token estimates reverse_kl, not jsd"),
-        ({"top_k": 0}, "top_k 0 must be at least 1"),
+        ({"support": "all"}, r"support: should be 'full', .* \(got 'all'\)"),
+        ({"support": "token"}, "support=token estimates reverse_kl, but divergence=jsd"),
+        ({"top_k": 0}, r"top_k: should be greater than or equal to 1 \(got 0\)"),
         ({"support": "union"}, "support=union chooses entries .* set support=teacher_top_k"),
         ({"support": "student_top_k"}, "support=student_top_k chooses entries"),
         ({"support": "sampled"}, "support=sampled chooses entries"),
@@ -349,8 +345,8 @@ def test_weights_make_repeated_draws_count():
             {"support": "token", "divergence": "reverse_kl"},
             "support=token takes 1 entry per row, .* but 3 are given",
         ),
-        ({"estimator": "k1"}, "estimator=k1 .* support=full does not; set support=token or leave both out"),
-        ({"policy_gradient": True, "support": "union"}, "policy_gradient=True .* support=union does not"),
+        ({"estimator": "k1"}, "estimator=k1 .* support=full ignores it; remove it or set support=token"),
+        ({"policy_gradient": True, "support": "union"}, "policy_gradient=true .* support=union ignores it"),
     ],
 )
 def test_a_wrong_argument_is_named_with_the_fix(change, message):

@@ -19,10 +19,10 @@ from tests.support.loss_cases import CASE_NAMES, DIVERGENCE_CASES, case_names
 NAMES = ("forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 FORMULAS = ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 KERNELS = [
-    ("softmax_sums", {"FORWARD": 0, "REVERSE": 0}),
-    ("softmax_sums", {"FORWARD": 1, "REVERSE": 1}),
+    ("normalizers", {}),
+    ("kl_sums", {"FORWARD": 1, "REVERSE": 1}),
     ("kl_gradient", {"FORWARD": 1, "REVERSE": 1}),
-    *[(kernel, {"FORMULA": f}) for kernel in ("term_sums", "term_gradient") for f in FORMULAS],
+    *[(kernel, {"FORMULA": f}) for kernel in ("entry_sums", "entry_gradient") for f in FORMULAS],
 ]
 
 
@@ -91,7 +91,24 @@ def test_equal_models_have_exactly_zero_loss_and_gradient(interpreted, name, dty
 
 @pytest.mark.parametrize("name", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
 def test_the_loss_of_similar_models_keeps_its_digits(interpreted, name):
-    interpreted("check_similar_models", name)
+    interpreted("check_similar_models", name, 2**-16, 1e-2)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "mixed_kl"])
+@pytest.mark.parametrize(("distance", "bound"), [(1e-3, 1e-4), (1e-4, 1e-2)])
+def test_the_kl_of_similar_models_keeps_its_digits(interpreted, name, distance, bound):
+    interpreted("check_similar_models", name, distance, bound)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("std", "bound"), [(8.0, 2e-6), (16.0, 2e-5)])
+def test_gradients_of_independent_peaked_models(interpreted, name, std, bound):
+    interpreted("check_peaked_models", name, std, bound)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+def test_a_certificate_on_tiles_refuses_a_broken_rescaling(interpreted, name):
+    interpreted("check_a_broken_rescaling_is_refused", name)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: which goals a signal makes, what it tells, and what is refused.
+"""The loss of a micro-batch: its targets, its metrics, and what is refused.
 
 Not covered here: whole updates (tests/distributed/test_student_step.py).
 """
@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from megatron_gkd.config import LossConfig
-from megatron_gkd.losses.chunked import Layer
-from megatron_gkd.losses.reference import dense_cross_entropy, dense_divergence
+from megatron_gkd.losses.fused_linear import LMHead
+from megatron_gkd.losses.token_loss import METRIC_UNITS
+from megatron_gkd.losses.verify.reference import dense_cross_entropy, dense_divergence
 from megatron_gkd.teacher.base import HiddenSignal, NoTeacher, TopKSignal
-from megatron_gkd.train.loss import DETAILS, compute_loss, lost_mass_warning
+from megatron_gkd.train.loss import compute_loss, lost_mass_warning
 from tests.support.loss_cases import make_labels, make_linear_inputs
 
 VOCAB, TOKENS = 60, 6
@@ -18,12 +19,12 @@ VOCAB, TOKENS = 60, 6
 
 def compute(signal, head, labels=None, **section):
     inputs = make_linear_inputs(tokens=TOKENS, vocab=VOCAB)
-    student = Layer(inputs.student_TH.clone().requires_grad_(), inputs.student_head_VH)
+    student = LMHead(inputs.student_TH.clone().requires_grad_(), inputs.student_head_VH)
     labels = make_labels(TOKENS, VOCAB) if labels is None else labels
     config = LossConfig(**section)
-    result, names = compute_loss(student, signal, head, labels, config, group=None, valid_vocab_size=VOCAB)
-    assert set(names) <= set(DETAILS)
-    return result, dict(zip(names, result.details_TP.unbind(-1), strict=True))
+    result = compute_loss(student, signal, head, labels, config, group=None, valid_vocab_size=VOCAB)
+    assert set(result.metrics) <= set(METRIC_UNITS)
+    return result, result.metrics
 
 
 def dense_logits():
@@ -41,14 +42,14 @@ def top_k_signal(k):
     return TopKSignal(ids, log_p, token_log_prob_T=log_p[:, 0])
 
 
-def test_the_parts_of_a_mix_are_told_beside_the_loss():
+def test_the_parts_of_a_mix_are_metrics_beside_the_loss():
     signal, head = hidden_signal()
-    result, details = compute(signal, head, divergence="jsd", beta=0.3, sft_weight=0.25)
+    result, metrics = compute(signal, head, divergence="jsd", beta=0.3, sft_weight=0.25)
     student, teacher = dense_logits()
     divergence = dense_divergence(student, teacher, "jsd", beta=0.3)
     cross_entropy = dense_cross_entropy(student, make_labels(TOKENS, VOCAB))
-    torch.testing.assert_close(details["divergence"], divergence)
-    torch.testing.assert_close(details["cross_entropy"], cross_entropy)
+    torch.testing.assert_close(metrics["divergence"], divergence)
+    torch.testing.assert_close(metrics["cross_entropy"], cross_entropy)
     torch.testing.assert_close(result.loss_T, 0.75 * divergence + 0.25 * cross_entropy)
     torch.testing.assert_close(result.total, result.loss_T.sum())
 
@@ -63,18 +64,18 @@ def test_the_teachers_logits_are_scaled_and_bounded_as_declared():
 
 def test_without_a_teacher_the_loss_is_the_cross_entropy():
     assert NoTeacher().score(None, []) == []
-    result, details = compute(None, None, sft_weight=1.0)
+    result, metrics = compute(None, None, sft_weight=1.0)
     torch.testing.assert_close(
         result.loss_T, dense_cross_entropy(dense_logits()[0], make_labels(TOKENS, VOCAB))
     )
-    assert list(details) == ["cross_entropy"]
+    assert list(metrics) == ["cross_entropy"]
 
 
 def test_all_entries_of_a_top_k_are_the_whole_distribution():
     student, teacher = dense_logits()
-    result, details = compute(top_k_signal(VOCAB), None, support="teacher_top_k", divergence="reverse_kl")
+    result, metrics = compute(top_k_signal(VOCAB), None, support="teacher_top_k", divergence="reverse_kl")
     torch.testing.assert_close(result.loss_T, dense_divergence(student, teacher, "reverse_kl"))
-    torch.testing.assert_close(details["retained_mass"], torch.ones(TOKENS, dtype=torch.float64))
+    torch.testing.assert_close(metrics["retained_mass"], torch.ones(TOKENS, dtype=torch.float64))
 
 
 def test_the_log_probability_of_the_token_is_enough_for_an_estimator():
@@ -90,9 +91,9 @@ def test_the_log_probability_of_the_token_is_enough_for_an_estimator():
 @pytest.mark.parametrize("signal", [hidden_signal(), (top_k_signal(3), None)], ids=["hidden", "top-k"])
 def test_the_probability_of_a_token_is_no_retained_mass(signal, estimator):
     section = {"divergence": "reverse_kl", "support": "token", "estimator": estimator}
-    _, details = compute(*signal, **section)
-    assert list(details) == ["divergence"]
-    means = {name: values.mean().item() for name, values in details.items()}
+    _, metrics = compute(*signal, **section)
+    assert list(metrics) == ["divergence"]
+    means = {name: values.mean().item() for name, values in metrics.items()}
     assert lost_mass_warning(means, LossConfig(**section)) is None
 
 

@@ -11,14 +11,16 @@ Shapes: T = tokens, V = vocabulary entries held by this rank, H = hidden size, K
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_gkd.losses.certificate_problem import (
+from megatron_gkd.config.loss import LossSettings
+from megatron_gkd.losses.distill import DistillLoss
+from megatron_gkd.losses.verify.problem import (
     TOP_K,
     Case,
     Problem,
@@ -29,10 +31,7 @@ from megatron_gkd.losses.certificate_problem import (
     shard_of,
     teacher_logits,
 )
-from megatron_gkd.losses.goals import Goal, entry_goal, label_goal, logit_goal
-from megatron_gkd.losses.linear import weighted_loss
-from megatron_gkd.losses.objective import Objective
-from megatron_gkd.losses.reference import (
+from megatron_gkd.losses.verify.reference import (
     dense_cross_entropy,
     dense_divergence,
     dense_estimate,
@@ -41,7 +40,7 @@ from megatron_gkd.losses.reference import (
     dense_top_k,
     relative_error,
 )
-from megatron_gkd.losses.softmax import Group, split_over
+from megatron_gkd.losses.vocab_parallel import Group, split_over
 
 TOLERANCES = {
     torch.float64: (1e-11, 1e-11),
@@ -50,9 +49,6 @@ TOLERANCES = {
 }
 """Largest relative L2 error of the value and of a gradient. The gradients of hidden states and head are rounded to the format
 of the inputs: in bfloat16 by 1.7e-3 in the mean and 2**-8 at most, and a GPU rounds that of the logits as well."""
-
-
-_MAX_SCALE, _MIN_SOFT_CAP = 2.0, 10.0
 
 
 class CertificateError(RuntimeError):
@@ -108,19 +104,19 @@ def certify(
     """
     group = split_over(group)
     rank, tp_size = (0, 1) if group is None else (group.rank(), group.size())
-    problem = make_problem(case.num_tokens, 61 * tp_size)
-    case = _scaled_down(case, len(problem.student_head_VH))
+    case = case.scaled_down(tp_size)
+    problem = make_problem(case.num_tokens, case.vocab_size(tp_size))
     shard = shard_of(problem, case, rank, tp_size, device)
-    total, loss_T = (loss or _own_loss(case, group))(shard)
+    total, loss_T = (loss or loss_of_training(case, group))(shard)
     total.backward()
-    head_grad_VH, student_grad_TH = shard.student.head_VH.grad, shard.student.hidden_TH.grad
+    student_grad_TH, head_grad_VH = shard.student.hidden_TH.grad, shard.student.weight_VH.grad
     assert head_grad_VH is not None
     assert student_grad_TH is not None
     want_T, want_student_TH, want_head_VH = _reference(problem, case)
     whole_student_TH = student_grad_TH.double()
     if group is not None:
         dist.all_reduce(whole_student_TH, group=group)
-    want_rows_VH = rows_of_rank(want_head_VH, rank, tp_size, fill=0.0)
+    want_rows_VH = rows_of_rank(want_head_VH, case, rank, tp_size, fill=0.0)
     squares = torch.stack(
         [(head_grad_VH.double().cpu() - want_rows_VH).square().sum(), want_rows_VH.square().sum()]
     ).to(device)
@@ -135,47 +131,27 @@ def certify(
     )
 
 
-def _own_loss(case: Case, group: Group) -> LossUnderTest:
+def loss_of_training(case: Case, group: Group) -> LossUnderTest:
     """The path that training takes."""
 
     def loss(shard: Shard) -> tuple[Tensor, Tensor]:
-        goals = []
-        if case.objective is not None:
-            goals.append(_divergence_goal(case, case.objective, shard, group))
-        if case.sft_weight > 0:
-            goals.append(label_goal(shard.student, shard.labels_T, weight=case.sft_weight, group=group))
-        result, _ = weighted_loss(
-            shard.student,
-            goals,
-            shard.weight_T,
+        distill = DistillLoss(
+            case.settings or LossSettings(),
+            sft_weight=case.sft_weight,
+            tokens_per_chunk=case.tokens_per_chunk,
             group=group,
             valid_vocab_size=shard.valid_vocab_size,
-            tokens_per_chunk=case.tokens_per_chunk,
+        )
+        teacher = shard.known if case.from_entries else shard.teacher
+        result = distill.weighted(
+            shard.student,
+            None if case.settings is None else teacher,
+            shard.labels_T,
+            token_weight_T=shard.weight_T,
         )
         return result.total, result.loss_T
 
     return loss
-
-
-def _divergence_goal(case: Case, objective: Objective, shard: Shard, group: Group) -> Goal:
-    weight = 1 - case.sft_weight
-    if case.from_entries:
-        entries = shard.ids_TK, shard.log_probs_TK, None
-        return entry_goal(shard.student, *entries, objective, weight=weight, group=group)
-    return logit_goal(shard.student, shard.teacher, objective, shard.labels_T, weight=weight, group=group)
-
-
-def _scaled_down(case: Case, vocab: int) -> Case:
-    """With the number of entries that the problem has, and logits of its size."""
-    if case.objective is None:
-        return case
-    top_k, cap = vocab if case.objective.support == "sampled" else TOP_K, case.teacher_soft_cap
-    return replace(
-        case,
-        objective=replace(case.objective, top_k=top_k),
-        teacher_scale=min(case.teacher_scale, _MAX_SCALE),
-        teacher_soft_cap=cap and max(cap, _MIN_SOFT_CAP),
-    )
 
 
 def _reference(problem: Problem, case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,8 +160,8 @@ def _reference(problem: Problem, case: Case) -> tuple[Tensor, Tensor, Tensor]:
     head_VH = problem.student_head_VH.clone().requires_grad_()
     student_TV = student_TH @ head_VH.T
     value_T = surrogate_T = torch.zeros_like(problem.weight_T)
-    if case.objective is not None:
-        value_T, surrogate_T = _reference_divergence(problem, case, case.objective, student_TV)
+    if case.settings is not None:
+        value_T, surrogate_T = _reference_divergence(problem, case, case.settings, student_TV)
     if case.sft_weight > 0:
         cross_entropy_T = case.sft_weight * dense_cross_entropy(student_TV, problem.labels_T)
         value_T = (1 - case.sft_weight) * value_T + cross_entropy_T
@@ -197,27 +173,27 @@ def _reference(problem: Problem, case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _reference_divergence(
-    problem: Problem, case: Case, objective: Objective, student_TV: Tensor
+    problem: Problem, case: Case, settings: LossSettings, student_TV: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """[T] (the loss, what has its gradient), with the limit and the factor of the objective."""
-    x_TV = student_TV / objective.temperatures.student
-    y_TV = teacher_logits(problem, case) / objective.temperatures.teacher
-    how: dict[str, Any] = {"beta": objective.beta, "alpha": objective.alpha, "weight": objective.weight}
-    if objective.support == "token":
+    """[T] (the loss, what has its gradient), with the limit and the factor of the settings."""
+    name, support = settings.divergence, settings.support
+    x_TV = student_TV / settings.temperature
+    y_TV = teacher_logits(problem, case) / (settings.teacher_temperature or settings.temperature)
+    how: dict[str, Any] = {"beta": settings.beta, "alpha": settings.alpha, "weight": settings.weight}
+    if support == "token":
         value_T, surrogate_T = dense_estimate(
-            x_TV, y_TV, problem.labels_T, objective.estimator, objective.policy_gradient
+            x_TV, y_TV, problem.labels_T, settings.estimator, settings.policy_gradient
         )
     elif case.from_entries:
         known = dense_known(*known_entries(problem, case), y_TV.shape[1])
-        value_T = surrogate_T = dense_top_k(x_TV, *known, objective.divergence, objective.tail, **how)
-    elif objective.support in ("full", "sampled"):
-        value_T = surrogate_T = dense_divergence(x_TV, y_TV, objective.divergence, **how)
+        value_T = surrogate_T = dense_top_k(x_TV, *known, name, settings.tail, **how)
+    elif support in ("full", "sampled"):
+        value_T = surrogate_T = dense_divergence(x_TV, y_TV, name, **how)
     else:
-        mask_TV = dense_support(x_TV, y_TV, objective.support, TOP_K)
-        p_TV = y_TV.softmax(-1)
-        value_T = surrogate_T = dense_top_k(x_TV, mask_TV, p_TV, objective.divergence, objective.tail, **how)
-    if objective.max_token_loss is not None:
-        limit = objective.max_token_loss
+        mask_TV = dense_support(x_TV, y_TV, support, TOP_K)
+        value_T = surrogate_T = dense_top_k(x_TV, mask_TV, y_TV.softmax(-1), name, settings.tail, **how)
+    if settings.max_token_loss is not None:
+        limit = settings.max_token_loss
         surrogate_T = torch.where(value_T.abs() > limit, 0.0, surrogate_T)
         value_T = value_T.clamp(-limit, limit)
-    return objective.scale * value_T, objective.scale * surrogate_T
+    return settings.scale * value_T, settings.scale * surrogate_T
