@@ -83,7 +83,7 @@ class _KernelLoss(TokenLoss):
 class KLLoss(_KernelLoss):
     """A weighted sum of forward and reverse KL, with one all-gather of five numbers per token (six if both occur).
 
-    saved = M_x, S_x, M_y, S_y, KL(q || p) (0 where it is not used).
+    saved = M_x, S_x, M_y, S_y, and log(S_y / S_x) - KL(q || p) for a reverse direction.
     """
 
     @override
@@ -102,13 +102,14 @@ def _combined_kl(packed_RTK: Tensor, kl: Any, temperatures: Temperatures) -> tup
     teacher = SoftmaxStats.merged(max_y_RT, sum_y_RT, temperatures.teacher)
     far_x_RT = (max_x_RT - student.max_T) / temperatures.student
     far_y_RT = (max_y_RT - teacher.max_T) / temperatures.teacher
-    loss_T = reverse_kl_T = nan_if_not_positive(student.sumexp_T, teacher.sumexp_T)
+    loss_T = shift_T = nan_if_not_positive(student.sumexp_T, teacher.sumexp_T)
     if kl.forward:
         loss_T = loss_T + kl.forward * _merged_kl(cross[0], sum_y_RT, difference_RT, far_y_RT, far_x_RT)
     if kl.reverse:
         reverse_kl_T = _merged_kl(cross[-1], sum_x_RT, -difference_RT, far_x_RT, far_y_RT)
         loss_T = loss_T + kl.reverse * reverse_kl_T
-    return loss_T, torch.stack([*student, *teacher, reverse_kl_T], -1)
+        shift_T = teacher.sumexp_T.log() - student.sumexp_T.log() - reverse_kl_T
+    return loss_T, torch.stack([*student, *teacher, shift_T], -1)
 
 
 def _merged_kl(

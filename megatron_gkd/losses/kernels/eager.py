@@ -155,14 +155,14 @@ def kl_gradient(
     temperatures: Temperatures,
 ) -> Tensor:
     """``DenseKernels.gradient`` of a weighted KL."""
-    max_x_T1, sum_x_T1, max_y_T1, sum_y_T1, reverse_kl_T1 = stats_T5.split(1, -1)
+    max_x_T1, sum_x_T1, max_y_T1, sum_y_T1, shift_T1 = stats_T5.split(1, -1)
     upstream_T1 = upstream_T.unsqueeze(-1) / temperatures.student
     x_TV = shifted(student_TV, max_x_T1, temperatures.student)
     y_TV = shifted(teacher_TV, max_y_T1, temperatures.teacher)
     log_ratio_TV = x_TV - y_TV if kl.reverse else None
     q_TV, p_TV, grad_TV = exp_(x_TV), exp_(y_TV), None
     if log_ratio_TV is not None:
-        log_ratio_TV.add_(sum_y_T1.log() - sum_x_T1.log() - reverse_kl_T1)
+        log_ratio_TV.add_(shift_T1)
         scale_T1 = kl.reverse * upstream_T1 / sum_x_T1 + nan_if_not_positive(sum_x_T1, sum_y_T1)
         grad_TV = times(q_TV, log_ratio_TV).mul_(scale_T1)
     if kl.forward:

@@ -78,7 +78,7 @@ class DenseKernels(ABC):
         """Write upstream * d divergence / d logits of the student.
 
         Of a weighted KL upstream (forward (q - p) + reverse q (log q - log p - KL(q || p))) / temperature, exactly 0 where
-        p = q; ``stats_TK`` is M_x, S_x, M_y, S_y, KL(q || p). Of any other divergence upstream (r - q E) / temperature;
+        p = q; ``stats_TK`` is M_x, S_x, M_y, S_y, log(S_y / S_x) - KL(q || p). Of any other divergence upstream (r - q E) / temperature;
         ``stats_TK`` is ``norms_T5`` and E = sum_v r_v.
 
         Args:

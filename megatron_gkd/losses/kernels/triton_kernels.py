@@ -196,8 +196,7 @@ def kl_gradient(
     q = tl.exp(x)
     grad = tl.zeros((TILE,), tl.float32)
     if REVERSE:
-        shift = tl.log(sum_y) - tl.log(sum_x) - tl.load(stats_ptr + 4)
-        grad += _times(q, x - y + shift) * (reverse_weight * upstream / sum_x)
+        grad += _times(q, x - y + tl.load(stats_ptr + 4)) * (reverse_weight * upstream / sum_x)
     if FORWARD:
         scale = forward_weight * upstream
         grad += q * (scale / sum_x) - tl.exp(y) * (scale / sum_y)
