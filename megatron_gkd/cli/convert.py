@@ -65,6 +65,7 @@ def _on_one_rank(work: Callable[..., None]) -> None:
 
     init_single_process(platform.collective_backend)
     try:
+        # one rank suffices: dist_checkpointing reshards when a checkpoint is loaded
         groups = init_student_groups(1, 1, seed=0)
         work(groups, detect_kernels(on_cpu=platform.is_cpu), platform.device)
     finally:

@@ -49,6 +49,7 @@ def _prune(options: argparse.Namespace) -> None:
     from megatron_gkd.checkpoint.prune_measure import CalibrationRow
     from megatron_gkd.report.held_out import load_completions
 
+    # before the teacher is loaded and measured, which takes minutes
     if options.out.exists():
         raise FileExistsError(f"remove {options.out} or give another --out: it exists")
     rows, num_tokens = [], 0

@@ -119,6 +119,7 @@ def _quickstart(folders: Folders, is_fresh: bool, overrides: Sequence[str]) -> N
         )
     if is_fresh:
         shutil.rmtree(folders.root, ignore_errors=True)
+    # training starts anew each time; teacher, student and data are reused
     shutil.rmtree(folders.run, ignore_errors=True)
     shutil.rmtree(folders.trained, ignore_errors=True)
     started = time.monotonic()
@@ -189,6 +190,7 @@ def _train(folders: Folders, overrides: Sequence[str]) -> None:
         f"train.output_dir={folders.run}",
         *overrides,
     ]
+    # the module instead of torchrun, which is on the PATH only in an activated environment
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(NUM_RANKS),
         "launch/pretrain_gkd.py", "--config", str(CONFIG), *settings,

@@ -81,14 +81,14 @@ def _certify_on_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _certify_on_rank(rank: int, tp_size: int, folder: Path, options: argparse.Namespace) -> None:
-    os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["LOCAL_RANK"] = str(rank)  # torchrun's variable, by which detect_platform selects the GPU
     import torch
     import torch.distributed as dist
 
     from megatron_gkd.losses.verify.certificate import certify
     from megatron_gkd.platform.device import prepare_process
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # all ranks share the cores
     platform = prepare_process()
     # rendezvous through a file: no port to collide with another run
     dist.init_process_group(

@@ -34,6 +34,7 @@ class JsonLines:
         if not self._path.is_file():
             return
         kept, superseded = [], []
+        # bytes, because str.splitlines also splits at U+2028 and others, which are legal inside JSON strings
         for line in self._path.read_bytes().splitlines(keepends=True):
             found = _parse_line(line)
             if found is None:

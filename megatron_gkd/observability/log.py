@@ -35,6 +35,7 @@ def configure_logging(level: str, rank: int, log_file: Path | None = None) -> No
     handlers: list[logging.Handler] = [screen]
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
+        # appends, so that a resumed run continues its log
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
     formatter = logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s")
     for handler in handlers:

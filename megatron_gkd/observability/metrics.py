@@ -169,6 +169,7 @@ class MetricsWriter:
         Raises:
             ValueError: A name was never declared.
         """
+        # TensorBoard and metrics.jsonl have no place for units, so every name must be in the schema
         undeclared = values.keys() - self._schema.keys()
         if undeclared:
             raise ValueError(f"metrics {sorted(undeclared)} have no unit and reduction; call declare() first")

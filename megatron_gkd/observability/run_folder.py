@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.5
 # an NFS server keeps the locks of a crashed client until its lease ends: 90 s by default on Linux
 LEASE_S = 180.0
-MAX_REASON_CHARACTERS = 300
+MAX_REASON_CHARACTERS = 300  # anyone may write the stop file, and its text goes into logs and status.json
 
 State = Literal["running", "done", "refused", "stopped", "failed"]
 """done: all iterations; refused: before training; stopped: by a signal or the stop file, after saving; failed: error."""
@@ -56,6 +56,7 @@ class RunLock:
             FolderInUseError: The folder is in use; the message names host and process.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # not "w", which would erase the owner's record before the lock is taken
         self._file = self.path.open("a+", encoding="utf-8")
         deadline, has_warned = time.monotonic() + lease_s, False
         while not self._is_taken():
@@ -95,7 +96,7 @@ class RunLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError as error:
+        except OSError as error:  # ENOSYS or ENOLCK: Lustre mounted without flock
             log.warning("%s cannot be locked (%s): do not start a second run there", self.path, error)
         return True
 
@@ -183,6 +184,7 @@ class StopFile:
             text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
+        # one line: line breaks could forge log records
         text = " ".join(text.split())[:MAX_REASON_CHARACTERS]
         return f"stopped by {self.path}" + (f": {text}" if text else "")
 
