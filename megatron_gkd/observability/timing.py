@@ -36,7 +36,7 @@ class Timers:
         Raises:
             RuntimeError: The stage is already running; its seconds would be counted twice.
         """
-        # recursion would add the inner time twice, and a generator that is never closed would go unnoticed
+        # recursion would add the inner time twice
         if name in self._running:
             raise RuntimeError(f"timer {name!r} is already running")
         self._synchronize()
