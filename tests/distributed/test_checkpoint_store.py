@@ -163,27 +163,29 @@ def _stop_and_resume(rank: int, world_size: int, config_file: Path) -> None:
     allow_saving()
     config = load_config(config_file)
     world, batches = make_world(rank, world_size), [make_batch(seed, LENGTHS) for seed in range(4)]
-    student, teacher, head_VH = build_parts(config, world)
+    parts = build_parts(config, world)
+    student = parts.student
     store = _store(config, student)
     for i in (0, 1):
-        update(student, teacher, head_VH, batches[i], i, config)
+        update(parts, batches[i], i, config)
     state = {"train": {"iteration": 2}, "text": "\u00e9"}
     saved = store.save(2, student.model, student.optimizer, state)
     assert saved.name == "iter_0000002"
     store.save(2, student.model, student.optimizer, state)  # once more over the same name
     assert [p.name for p in saved.parent.iterdir()] == ["iter_0000002"]
-    unbroken = [update(student, teacher, head_VH, batches[i], i, config) for i in (2, 3)]
+    unbroken = [update(parts, batches[i], i, config) for i in (2, 3)]
     expected = copy_of(student.model)
     leave()
 
-    student, teacher, head_VH = build_parts(config, world)
-    update(student, teacher, head_VH, batches[0], 0, config)  # whatever was there before is replaced
+    parts = build_parts(config, world)
+    student = parts.student
+    update(parts, batches[0], 0, config)  # whatever was there before is replaced
     store = _store(config, student)
     found = store.find_newest_valid()
     assert found == saved
     torch.manual_seed(rank)
     assert store.load(found, student.model, student.optimizer) == state
-    resumed = [update(student, teacher, head_VH, batches[i], i, config) for i in (2, 3)]
+    resumed = [update(parts, batches[i], i, config) for i in (2, 3)]
     assert resumed == unbroken
     for name, parameter in student.model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
@@ -196,11 +198,12 @@ def _save_then_continue(rank: int, world_size: int, config_file: Path) -> None:
 
     allow_saving()
     config = load_config(config_file)
-    student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+    parts = build_parts(config, make_world(rank, world_size))
+    student = parts.student
     progress, record = Progress(config), []
     for i in range(5):
         batch = progress.next_batch()
-        loss = update(student, teacher, head_VH, batch, i, config)[1]
+        loss = update(parts, batch, i, config)[1]
         record.append({"rows": [sample.row for sample in batch.samples], "loss": loss})
         if i == 1:
             _store(config, student).save(2, student.model, student.optimizer, progress.to_json())
@@ -214,14 +217,15 @@ def _resume_elsewhere(rank: int, world_size: int, config_file: Path) -> None:
 
     config = load_config(config_file)
     expected = json.loads((config_file.parent / "record.json").read_text())
-    student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+    parts = build_parts(config, make_world(rank, world_size))
+    student = parts.student
     store, progress = _store(config, student), Progress(config)
     progress.restore(store.load(store.find_newest_valid(), student.model, student.optimizer))
     _expect_steps(student, 2)
     for i in (2, 3, 4):
         batch = progress.next_batch()
         assert [sample.row for sample in batch.samples] == expected[i]["rows"]
-        loss = update(student, teacher, head_VH, batch, i, config)[1]
+        loss = update(parts, batch, i, config)[1]
         assert loss == pytest.approx(expected[i]["loss"], rel=1e-6), f"iteration {i}"
         _expect_steps(student, i + 1)
     leave()
@@ -278,14 +282,16 @@ def _save_without_a_step(rank: int, world_size: int, config_file: Path) -> None:
     allow_saving()
     config = load_config(config_file)
     world, batch = make_world(rank, world_size), make_batch(0, LENGTHS)
-    student, teacher, head_VH = build_parts(config, world)
+    parts = build_parts(config, world)
+    student = parts.student
     saved = _store(config, student).save(1, student.model, student.optimizer, {})
-    expected = update(student, teacher, head_VH, batch, 1, config)[1]
+    expected = update(parts, batch, 1, config)[1]
     weights = copy_of(student.model)
     leave()
-    student, teacher, head_VH = build_parts(config, world)
+    parts = build_parts(config, world)
+    student = parts.student
     _store(config, student).load(saved, student.model, student.optimizer)
-    assert update(student, teacher, head_VH, batch, 1, config)[1] == expected
+    assert update(parts, batch, 1, config)[1] == expected
     assert all(torch.equal(p, weights[name]) for name, p in student.model.named_parameters())
     leave()
 
@@ -296,11 +302,13 @@ def _resume_with_other_settings(rank: int, world_size: int, config_file: Path, c
     allow_saving()
     config, changed = load_config(config_file), load_config(changed_file)
     world, batch = make_world(rank, world_size), make_batch(0, LENGTHS)
-    student, teacher, head_VH = build_parts(config, world)
-    update(student, teacher, head_VH, batch, 0, config)
+    parts = build_parts(config, world)
+    student = parts.student
+    update(parts, batch, 0, config)
     saved = _store(config, student).save(1, student.model, student.optimizer, {})
     leave()
-    student, teacher, head_VH = build_parts(changed, world)
+    parts = build_parts(changed, world)
+    student = parts.student
     before = [_settings(group) for group in student.optimizer.param_groups]
     _store(config, student).load(saved, student.model, student.optimizer)
     assert [_settings(group) for group in student.optimizer.param_groups] == before
@@ -380,18 +388,19 @@ def _save_both_ways(rank: int, world_size: int, config_file: Path) -> None:
     allow_saving()
     config = load_config(config_file)
     world, batches = make_world(rank, world_size), [make_batch(seed, LENGTHS) for seed in range(4)]
-    student, teacher, head_VH = build_parts(config, world)
+    parts = build_parts(config, world)
+    student = parts.student
     for i in (0, 1):
-        update(student, teacher, head_VH, batches[i], i, config)
+        update(parts, batches[i], i, config)
     foreground = _store(config, student).save(2, student.model, student.optimizer, {"a": 1})
 
     allow_saving(in_background=True)
     store = _store(config, student, "background", in_background=True)
     expected = store.save(2, student.model, student.optimizer, {"a": 1})
     assert [p.name for p in expected.parent.iterdir()] == ["iter_0000002.tmp"]
-    update(student, teacher, head_VH, batches[2], 2, config)
+    update(parts, batches[2], 2, config)
     store.save(3, student.model, student.optimizer, {"a": 2})  # finishes the one before
-    update(student, teacher, head_VH, batches[3], 3, config)
+    update(parts, batches[3], 3, config)
     assert store.find_newest_valid() == expected
     store.finish()
     store.finish()  # nothing is left to do

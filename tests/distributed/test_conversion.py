@@ -116,7 +116,8 @@ def test_conversion_needs_little_memory_and_reports_its_progress(run_on_ranks, t
 
 @pytest.mark.parametrize("way", ["import", "export"])
 def test_what_was_written_wrongly_is_found_and_not_kept(run_on_ranks, hf_folders, checkpoints, tmp_path, way):
-    run_on_ranks(1, _convert_on_a_bad_disk, hf_folders[0], checkpoints[0], tmp_path / "out", way)
+    source = hf_folders if way == "import" else checkpoints
+    run_on_ranks(1, _convert_on_a_bad_disk, source[0], tmp_path / "out", way)
     assert not (tmp_path / "out").exists()
 
 
@@ -239,9 +240,7 @@ def recorded(logger_name: str):
     logger.setLevel(level)
 
 
-def _convert_on_a_bad_disk(
-    rank: int, world_size: int, hf: Path, checkpoint: Path, out: Path, way: str
-) -> None:
+def _convert_on_a_bad_disk(rank: int, world_size: int, source: Path, out: Path, way: str) -> None:
     """One number of what is read back differs from what was written."""
     from megatron_gkd.checkpoint import hf as converter
     from megatron_gkd.checkpoint.integrity import CheckpointError
@@ -257,11 +256,11 @@ def _convert_on_a_bad_disk(
                     yield name, tensor
 
             patch.setattr(converter, "stream_weights", streamed)
-            convert, source = converter.convert_hf_to_megatron, hf
+            convert = converter.convert_hf_to_megatron
         else:
             read = converter.HfFolder.read
             patch.setattr(converter.HfFolder, "read", lambda self, *block: read(self, *block) + 1)
-            convert, source = converter.convert_megatron_to_hf, checkpoint
+            convert = converter.convert_megatron_to_hf
         with pytest.raises(CheckpointError, match="is the disk faulty"):
             convert(source, out, groups, no_kernels(), CPU)
 

@@ -54,16 +54,7 @@ def batches():
 def expected(models) -> dict[str, torch.Tensor]:
     from tests.support.reference_training import Recipe, train_reference
 
-    recipe = Recipe(
-        "forward_kl",
-        0.5,
-        1.0,
-        *(OPTIM[k] for k in ("lr", "min_lr", "warmup_iters")),
-        train_iters=5,
-        weight_decay=0.1,
-        clip_grad=1.0,
-        freeze=FROZEN_IN_HF,
-    )
+    recipe = Recipe.of(OPTIM, divergence="forward_kl", clip_grad=1.0, freeze=FROZEN_IN_HF)
     return train_reference(*models, batches(), recipe).weights
 
 
@@ -130,11 +121,11 @@ def _recompute(rank: int, world_size: int, config_file: Path) -> None:
     outcomes = []
     for granularity in (None, "full"):
         parts = build_parts(load_config(config_file), make_world(rank, world_size))
-        settings = parts[0].model.config
+        settings = parts.student.model.config
         settings.recompute_granularity, settings.recompute_method = granularity, "uniform"
         settings.recompute_num_layers = 1
         outcomes.append(
-            [update(*parts, batch, i, load_config(config_file)) for i, batch in enumerate(batches())]
+            [update(parts, batch, i, load_config(config_file)) for i, batch in enumerate(batches())]
         )
         leave()
     assert outcomes[0] == outcomes[1]
@@ -146,9 +137,10 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
     from tests.support.export import export_weights
 
     config, folder = load_config(config_file), config_file.parent
-    student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+    parts = build_parts(config, make_world(rank, world_size))
+    student = parts.student
     for iteration, batch in enumerate(batches()):
-        update(student, teacher, head_VH, batch, iteration, config)
+        update(parts, batch, iteration, config)
     parameters = dict(student.model.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]
     assert 0 < len(trained) < len(parameters)

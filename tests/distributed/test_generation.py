@@ -140,7 +140,13 @@ def _generate_greedily(rank: int, world_size: int, folders: list[Path], split: S
                 _rule(stop_ids, top_p=1e-9),
             ):
                 got = generate(
-                    model, groups, tap, prompts, range(len(prompts)), rule, vocab_size=_vocab_size(folder)
+                    model,
+                    groups,
+                    tap,
+                    prompts,
+                    seeds=range(len(prompts)),
+                    rule=rule,
+                    vocab_size=_vocab_size(folder),
                 )
                 assert got == expected, folder.name
             assert model.training
@@ -200,7 +206,7 @@ def _draw_from_padded(rank: int, world_size: int, folder: Path) -> None:
         model, tap = _load(folder, groups, TP2, vocab_divisible_by=512)
         assert model.vocab_size == 1024
         rule = _rule(temperature=1e4, stop_ids=())  # close to uniform: three of four draws would be padding
-        ids = generate(model, groups, tap, _prompts(), range(7), rule, vocab_size=261)
+        ids = generate(model, groups, tap, _prompts(), seeds=range(7), rule=rule, vocab_size=261)
         assert max(map(max, ids)) < 261
         assert len({i for row in ids for i in row}) > 50
 

@@ -91,7 +91,7 @@ CASES = [
     Case(4, TP2, PP4, "tied"),
     Case(4, PP2, TP2_PP2, "tied", SHARDED),
     Case(4, PP2_VPP2, TP2, "untied", SHARDED | OVERLAPPED),
-    Case(4, TP2_PP2_SP, DP, "tied", SHARDED | OVERLAPPED, FULL),
+    Case(4, TP2_PP2_SP, DP, "tied", SHARDED | OVERLAPPED, recompute=FULL),
 ]
 CUTS = [
     Case(1, DP, DP, "tied", micro_batch_size=4),
@@ -104,7 +104,7 @@ BF16_CASES = [
     Case(2, TP2, PP2, "tied"),
     Case(2, PP2_VPP2, TP2, "untied"),
     Case(2, DP, TP2, "tied", SHARDED | OVERLAPPED),
-    Case(4, TP2_PP2_SP, DP, "untied", OVERLAPPED, FULL),
+    Case(4, TP2_PP2_SP, DP, "untied", OVERLAPPED, recompute=FULL),
 ]
 
 
@@ -226,14 +226,12 @@ def _train(rank: int, world_size: int, jobs: list[tuple[Path, int]], case: Case)
         for iteration in range(num_steps):
             batch = make_batch(iteration, LENGTHS)
             batch = Batch(batch.samples[::-1]) if case.is_reversed else batch
-            result, loss = update(
-                *parts, batch, iteration, config, pad_to_multiple_of=case.pad_to_multiple_of
-            )
+            result, loss = update(parts, batch, iteration, config, pad_to_multiple_of=case.pad_to_multiple_of)
             assert not result.is_skipped
             losses.append(loss)
             norms.append(result.grad_norm)
             if iteration == 0:
-                export_gradients(parts[0], job.parent / "gradients.safetensors")
+                export_gradients(parts.student, job.parent / "gradients.safetensors")
         if rank == 0:
             (job.parent / "curves.json").write_text(json.dumps([losses, norms]))
         leave()
@@ -244,7 +242,8 @@ def _train_on_itself(rank: int, world_size: int, jobs: list[Path]) -> None:
 
     for job in jobs:
         config = load_config(job)
-        student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+        parts = build_parts(config, make_world(rank, world_size))
+        student = parts.student
         before = copy_of(student.model)
         # the teacher pads no further than its layout asks for
         multiple_of = (
@@ -253,7 +252,7 @@ def _train_on_itself(rank: int, world_size: int, jobs: list[Path]) -> None:
             else 1
         )
         batch = make_batch(0, LENGTHS)
-        result, loss = update(student, teacher, head_VH, batch, 0, config, pad_to_multiple_of=multiple_of)
+        result, loss = update(parts, batch, 0, config, pad_to_multiple_of=multiple_of)
         assert (loss, result.grad_norm, result.is_skipped) == (0.0, 0.0, False), config.loss.divergence
         for name, parameter in student.model.named_parameters():
             assert torch.equal(parameter, before[name]), name

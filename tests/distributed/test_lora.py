@@ -216,10 +216,10 @@ def _differentiate(rank: int, world_size: int, config_file: Path, adapters: Path
     from megatron_gkd.reshard.transport import HfFolder, MappedSafetensors, read_slices
 
     config, parts = _prepare(rank, world_size, config_file)
-    student = parts[0]
+    student = parts.student
     parameters, slices = _adapter_slices(student)
     read_slices(parameters, HfFolder(adapters), slices)
-    _, loss = update(*parts, make_batch(0, LENGTHS), 0, config)
+    _, loss = update(parts, make_batch(0, LENGTHS), 0, config)
     tensors = peft_tensors(student.weights, LORA["rank"], config.student.lora.targets)
     target, file = MappedSafetensors(tensors, torch.float32), config_file.parent / "gradients.safetensors"
     if rank == 0:
@@ -243,10 +243,10 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
     log_probs_of_base = trainer_log_probs(base, PROBE)
     leave()
     config, parts = _prepare(rank, world_size, config_file)
-    student, folder = parts[0], config_file.parent
+    student, folder = parts.student, config_file.parent
     assert trainer_log_probs(student, PROBE) == log_probs_of_base
     before = copy_of(student.model)
-    losses = [update(*parts, make_batch(i, LENGTHS), i, config)[1] for i in range(3)]
+    losses = [update(parts, make_batch(i, LENGTHS), i, config)[1] for i in range(3)]
     for name, parameter in student.model.named_parameters():
         assert torch.equal(parameter, before[name]) != (".adapter." in name), name
         assert parameter.requires_grad == (".adapter." in name)
@@ -262,7 +262,7 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
     _push(rank, student, folder)
     make_store(config, student).save(3, student.model, student.optimizer, {})
     trained = {"log_probs": trainer_log_probs(student, PROBE), "completions": _complete(student)}
-    losses += [update(*parts, make_batch(i, LENGTHS), i, config)[1] for i in (3, 4)]
+    losses += [update(parts, make_batch(i, LENGTHS), i, config)[1] for i in (3, 4)]
     if rank == 0:
         (folder / "trained.json").write_text(json.dumps(trained))
         (folder / "losses.json").write_text(json.dumps(losses))
@@ -285,7 +285,13 @@ def _complete(student) -> list[list[int]]:
         return []
     rule = SamplingRule(temperature=1.0, top_p=1.0, top_k=1, max_new_tokens=8, stop_token_ids=(EOS_ID,))
     return generate(
-        student.model, student.groups, student.tap, PROBE, (1, 2), rule, vocab_size=student.shapes.vocab_size
+        student.model,
+        student.groups,
+        student.tap,
+        PROBE,
+        seeds=(1, 2),
+        rule=rule,
+        vocab_size=student.shapes.vocab_size,
     )
 
 
@@ -296,23 +302,23 @@ def _resume(rank: int, world_size: int, config_file: Path) -> None:
     batches = [make_batch(seed, LENGTHS) for seed in range(4)]
     assert_resumes(load_config(config_file), make_world(rank, world_size), batches)
     config, parts = _prepare(rank, world_size, config_file)
-    update(*parts, batches[0], 0, config)
-    update(*parts, batches[1], 1, config)
-    for name, parameter in parts[0].model.named_parameters():
+    update(parts, batches[0], 0, config)
+    update(parts, batches[1], 1, config)
+    for name, parameter in parts.student.model.named_parameters():
         if name.endswith(
             "linear_qkv.adapter.lora_A"
         ):  # whole on every rank: all must have dropped the same inputs
-            copies = [torch.empty_like(parameter) for _ in range(parts[0].groups.layout.tp_size)]
-            dist.all_gather(copies, parameter.detach(), group=parts[0].groups.pg.tp)
+            copies = [torch.empty_like(parameter) for _ in range(parts.student.groups.layout.tp_size)]
+            dist.all_gather(copies, parameter.detach(), group=parts.student.groups.pg.tp)
             assert all(torch.equal(copies[0], copy) for copy in copies)
     leave()
 
 
 def _continue(rank: int, world_size: int, config_file: Path) -> None:
     config, parts = _prepare(rank, world_size, config_file)
-    store = make_store(config, parts[0])
-    store.load(store.find_newest_valid(), parts[0].model, parts[0].optimizer)
-    losses = [update(*parts, make_batch(i, LENGTHS), i, config)[1] for i in (3, 4)]
+    store = make_store(config, parts.student)
+    store.load(store.find_newest_valid(), parts.student.model, parts.student.optimizer)
+    losses = [update(parts, make_batch(i, LENGTHS), i, config)[1] for i in (3, 4)]
     expected = json.loads((config_file.parent / "losses.json").read_text())
     assert losses == pytest.approx(expected[3:], rel=1e-6)
     leave()

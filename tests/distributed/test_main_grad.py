@@ -84,9 +84,11 @@ def _update_once(rank: int, world_size: int, config: Any, is_direct: bool) -> Ou
     through_autograd = patch("megatron_gkd.train.step.main_grad_adder", lambda parameter: None)
     parts = build_parts(config, make_world(rank, world_size))
     with nullcontext() if is_direct else through_autograd, counted() as counts:
-        result, _ = update(*parts, make_batch(0, LENGTHS), 0, config)
-    gradients = {name: parameter.main_grad.clone() for name, parameter in parts[0].model.named_parameters()}
-    student = parts[0]
+        result, _ = update(parts, make_batch(0, LENGTHS), 0, config)
+    gradients = {
+        name: parameter.main_grad.clone() for name, parameter in parts.student.model.named_parameters()
+    }
+    student = parts.student
     head_size = head_weight(student.model).numel() if student.groups.is_last_stage else 0
     num_copies = student.groups.layout.dp_size
     leave()

@@ -48,14 +48,9 @@ def batches():
 def test_sgd_is_that_of_a_plain_training_loop(run_on_ranks, models, tmp_path, momentum: float):
     from tests.support.reference_training import Recipe, train_reference
 
-    recipe = Recipe(
-        "forward_kl",
-        0.5,
-        1.0,
-        *(OPTIM[k] for k in ("lr", "min_lr", "warmup_iters")),
-        train_iters=5,
-        weight_decay=0.1,
-        clip_grad=0.0,
+    recipe = Recipe.of(
+        OPTIM,
+        divergence="forward_kl",
         sgd_momentum=momentum,
         no_weight_decay=("model.layers.1.*", "model.embed_tokens.weight"),
     )
@@ -85,9 +80,10 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
     from tests.support.export import export_weights
 
     config = load_config(config_file)
-    student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+    parts = build_parts(config, make_world(rank, world_size))
+    student = parts.student
     for iteration, batch in enumerate(batches()):
-        update(student, teacher, head_VH, batch, iteration, config)
+        update(parts, batch, iteration, config)
     file = config_file.parent / "trained.safetensors"
     export_weights(student.model, file, student.shapes, student.groups, student.dtype)
     leave()

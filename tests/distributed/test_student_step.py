@@ -51,16 +51,7 @@ def cases(tmp_path_factory) -> list[Path]:
         )
         sections = {"loss": loss, "optim": {**OPTIM, "clip_grad": clip_grad}}
         (folder / "sections.json").write_text(json.dumps(sections))
-        full = {"beta": 0.5, "temperature": 1.0, **loss}
-        recipe = Recipe(
-            full["divergence"],
-            full["beta"],
-            full["temperature"],
-            *(OPTIM[k] for k in ("lr", "min_lr", "warmup_iters")),
-            train_iters=5,
-            weight_decay=OPTIM["weight_decay"],
-            clip_grad=clip_grad,
-        )
+        recipe = Recipe.of(loss, OPTIM, clip_grad=clip_grad)
         outcome = train_reference(student, teacher, _batches(), recipe)
         assert min(outcome.grad_norms) < clip_grad < max(outcome.grad_norms), outcome.grad_norms
         (folder / "curves.json").write_text(json.dumps([outcome.losses, outcome.grad_norms]))
@@ -118,7 +109,7 @@ def test_cross_entropy_is_mixed_in_or_trains_alone(run_on_ranks, cases, tmp_path
     from tests.support.reference_training import Recipe, train_reference
 
     student, teacher = cases[0] / "student", cases[0] / "teacher"
-    recipe = Recipe("jsd", 0.5, 1.0, 2e-3, 1e-4, 2, 5, 0.1, 1.0, sft_weight=sft_weight)
+    recipe = Recipe.of(OPTIM, divergence="jsd", clip_grad=1.0, sft_weight=sft_weight)
     outcome = train_reference(student, teacher, _batches(), recipe)
     sections = {
         "loss": {"divergence": "jsd", "sft_weight": sft_weight},
@@ -190,10 +181,11 @@ def _train(rank: int, world_size: int, config_files: list[Path]) -> None:
     for file in config_files:
         config = load_config(file)
         check_world(config, world_size)
-        student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+        parts = build_parts(config, make_world(rank, world_size))
+        student = parts.student
         losses, norms = [], []
         for iteration, batch in enumerate(_batches()):
-            result, loss = update(student, teacher, head_VH, batch, iteration, config)
+            result, loss = update(parts, batch, iteration, config)
             assert not result.is_skipped
             losses.append(loss)
             norms.append(result.grad_norm)
@@ -213,7 +205,8 @@ def _train_on_entries(rank: int, world_size: int, full_file: Path, entries_file:
     results = []
     for file in (full_file, entries_file):
         config = load_config(file)
-        student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+        parts = build_parts(config, make_world(rank, world_size))
+        student, teacher, head_VH = parts
         if file is entries_file:
             score = teacher.score
 
@@ -227,8 +220,8 @@ def _train_on_entries(rank: int, world_size: int, full_file: Path, entries_file:
                 return signals
 
             teacher.score = score_entries
-            head_VH = None
-        result, loss = update(student, teacher, head_VH, _batches()[0], 0, config)
+            parts = parts._replace(head_VH=None)
+        result, loss = update(parts, _batches()[0], 0, config)
         results.append((loss, result.grad_norm, result.metrics))
         leave()
     (loss, norm, _), (entry_loss, entry_norm, metrics) = results
@@ -246,18 +239,19 @@ def _poison(rank: int, world_size: int, config_file: Path) -> None:
     first, second = _batches()[:2]
     finished = []
     for is_poisoned in (False, True):
-        student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
-        update(student, teacher, head_VH, first, 0, config)
+        parts = build_parts(config, make_world(rank, world_size))
+        student = parts.student
+        update(parts, first, 0, config)
         if is_poisoned:
             before = copy_of(student.model)
             for value in (math.inf, math.nan):
                 with _bad_gradient(student, value if rank == world_size - 1 else None):
-                    result, _ = update(student, teacher, head_VH, second, 1, config)
+                    result, _ = update(parts, second, 1, config)
                 assert result.is_skipped
                 assert math.isnan(result.grad_norm)
                 for name, parameter in student.model.named_parameters():
                     assert torch.equal(parameter, before[name]), name
-        result, _ = update(student, teacher, head_VH, second, 1, config)
+        result, _ = update(parts, second, 1, config)
         assert not result.is_skipped
         finished.append(copy_of(student.model))
         leave()

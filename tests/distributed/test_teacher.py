@@ -88,7 +88,17 @@ def _batch() -> Batch:
     samples = []
     for row, (prompt, completion) in enumerate(zip(PROMPT_LENGTHS, COMPLETION_LENGTHS, strict=True)):
         ids = torch.randint(250, (prompt + completion,), generator=generator).tolist()
-        samples.append(Sample(row, 0, tuple(ids[:prompt]), tuple(ids[prompt:]), True, "length", 0))
+        samples.append(
+            Sample(
+                row=row,
+                sample_index=0,
+                prompt_ids=tuple(ids[:prompt]),
+                completion_ids=tuple(ids[prompt:]),
+                is_on_policy=True,
+                finish_reason="length",
+                weight_version=0,
+            )
+        )
     return Batch(tuple(samples))
 
 

@@ -108,20 +108,21 @@ def _validate_and_train(rank: int, world_size: int, config_files: list[Path]) ->
 def _run(config, rank: int, world_size: int, *, with_validation: bool):
     from megatron_gkd.rollout.mixing import sample_from_data
 
-    student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
+    parts = build_parts(config, make_world(rank, world_size))
+    student = parts.student
     # six rows fill the batch of eight with two more
     samples = [sample_from_data(prompt, 0) for prompt in _prompts()]
     batch = Batch((*samples, *[_without_loss(sample) for sample in samples[:2]]))
     values = {}
     if with_validation:
         before, random_state = copy_of(student.model), torch.get_rng_state()
-        values = _measure(config, student, teacher)
+        values = _measure(config, parts)
         assert student.model.training
         assert torch.equal(torch.get_rng_state(), random_state)
         assert all(torch.equal(p, before[name]) for name, p in student.model.named_parameters())
-    result, values["training"] = update(student, teacher, head_VH, batch, 0, config)
+    result, values["training"] = update(parts, batch, 0, config)
     if with_validation:
-        values["after the update"] = _measure(config, student, teacher)["validation"]
+        values["after the update"] = _measure(config, parts)["validation"]
     weights = copy_of(student.model)
     leave()
     return values, result, weights
@@ -133,7 +134,7 @@ def _without_loss(sample):
     return replace(sample, completion_ids=(), prompt_loss_mask=())
 
 
-def _measure(config, student, teacher) -> dict[str, float]:
+def _measure(config, parts) -> dict[str, float]:
     """Over batches of four, so that the second one is filled up."""
     from megatron_gkd.observability.metrics import Metrics
     from megatron_gkd.parallel.collectives import reduce_values
@@ -141,8 +142,8 @@ def _measure(config, student, teacher) -> dict[str, float]:
     from megatron_gkd.train.setup import build_sharding
 
     metrics = Metrics()
-    sharding = build_sharding(config, student.groups, PAD_ID)
-    Evaluation(_prompts(), config, sharding).measure(student, teacher, metrics)
+    sharding = build_sharding(config, parts.student.groups, PAD_ID)
+    Evaluation(_prompts(), config, sharding).measure(parts.student, parts.teacher, metrics)
     loss, tokens = metrics.take()
     assert (loss.name, loss.unit, loss.reduce) == ("validation/loss", "nats/token", "sum")
     assert tokens.name == "validation/tokens"

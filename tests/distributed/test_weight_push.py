@@ -132,11 +132,11 @@ def _push_after_updates(rank: int, world_size: int, config_file: Path) -> None:
     from tests.support.export import export_weights
 
     config, parts, client = _prepare(rank, world_size, config_file)
-    student, folder = parts[0], config_file.parent
+    student, folder = parts.student, config_file.parent
     pusher = _pusher(_weight_file(folder / "push", student), student, client)
     pusher.push(0, PROBE)
     for version in (1, 2, 3):
-        update(*parts, make_batch(version, LENGTHS), version, config)
+        update(parts, make_batch(version, LENGTHS), version, config)
         report = pusher.push(version, PROBE)
     assert report.max_difference < 5e-5
     assert report.num_probe_tokens == 5
@@ -176,14 +176,14 @@ def _keep_a_stale_slice(rank: int, world_size: int, config_file: Path) -> None:
     from megatron_gkd.rollout.weight_sync import WeightPushFailed
 
     config, parts, client = _prepare(rank, world_size, config_file)
-    student = parts[0]
+    student = parts.student
     parameters = dict(student.model.named_parameters())
     if rank == world_size - 1:
         name = "decoder.layers.0.self_attention.linear_qkv.weight"
         parameters[name] = parameters[name].detach().clone()  # does not follow the updates
     pusher = _pusher(_weight_file(config_file.parent / "push", student, parameters), student, client)
     pusher.push(0, PROBE)
-    update(*parts, make_batch(1, LENGTHS), 1, config)
+    update(parts, make_batch(1, LENGTHS), 1, config)
     with pytest.raises(
         WeightPushFailed, match=r"differs from the trainer's by .* nats, more than rollout\.probe_tolerance"
     ):

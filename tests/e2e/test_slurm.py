@@ -51,7 +51,7 @@ def code(tmp_path: Path) -> Path:
     return tmp_path / "code"
 
 
-def submit(cluster: SlurmCluster, code: Path, job: str, *words: str) -> int:
+def submit(cluster: SlurmCluster, code: Path, job: str, words: list[str]) -> int:
     """Submit a job file as a user does; the number of the job."""
     position = next((i for i, word in enumerate(words) if word.startswith("--config")), len(words))
     command = [*words[:position], str(code / "launch" / "slurm" / job), *words[position:]]
@@ -83,7 +83,9 @@ def test_a_job_makes_room_is_requeued_and_resumes_with_its_submitted_code(cluste
     config = write_run_config(tmp_path, train={"train_iters": 100_000})
     run = tmp_path / "run"
     runtime = ["--config", str(ROOT / "configs" / "runtime_env.yaml")]
-    job = submit(cluster, code, "multi_node.sbatch", "--nodes=2", ONE_GPU, "--config", str(config), *runtime)
+    job = submit(
+        cluster, code, "multi_node.sbatch", ["--nodes=2", ONE_GPU, "--config", str(config), *runtime]
+    )
     for file in (code / "launch" / "pretrain_gkd.py", code / "launch" / "slurm" / "job.sh", config):
         file.write_text("edited after the job was submitted")
 
@@ -123,7 +125,7 @@ def check_logs(run: Path, job: int, resumed_at: int) -> None:
 
 def test_a_configuration_that_does_not_fit_the_nodes_is_refused_before_any_rank(cluster, code, tmp_path):
     config, run = write_run_config(tmp_path), tmp_path / "run"  # for two ranks
-    job = submit(cluster, code, "one_node.sbatch", ONE_GPU, "--config", str(config))
+    job = submit(cluster, code, "one_node.sbatch", [ONE_GPU, "--config", str(config)])
     assert wait_for_end(cluster, job, run) == "FAILED"
     assert "does not divide the 1 ranks of the job" in (run / "logs" / f"slurm_{job}.log").read_text()
     assert not list(run.glob("logs/torchrun*"))
@@ -180,7 +182,7 @@ def test_the_trainer_of_a_heterogeneous_job_finds_the_servers_of_the_other_group
     job_file.write_text(job_file.read_text().replace("--gpus-per-node=8", ONE_GPU))
     served = f"teacher={{kind: server, hf: {tmp_path / 'teacher'}}}"
     keys = served, "loss.support=teacher_top_k", "data.max_teacher_prompt_length=84"
-    job = submit(cluster, code, job_file.name, "--config", str(config), *keys)
+    job = submit(cluster, code, job_file.name, ["--config", str(config), *keys])
     assert wait_for_end(cluster, job, run) == "COMPLETED"
     trainer = json.loads((run / "trainer.json").read_text())
     servers = {

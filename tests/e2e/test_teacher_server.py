@@ -131,8 +131,9 @@ def _loss_and_gradient(
     from megatron_gkd.config import load_config
 
     config = load_config(file, overrides)
-    student, teacher, head_VH = build_parts(config, make_world(rank, world_size))
-    result, loss = update(student, teacher, head_VH, make_batch(0, LENGTHS), 0, config)
+    parts = build_parts(config, make_world(rank, world_size))
+    student = parts.student
+    result, loss = update(parts, make_batch(0, LENGTHS), 0, config)
     assert result.grad_norm > 0
     gradient = torch.cat([parameter.main_grad.flatten().clone() for parameter in student.model.parameters()])
     leave()

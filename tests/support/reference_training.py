@@ -5,8 +5,9 @@ Shapes: T = tokens, V = vocabulary entries.
 
 import fnmatch
 import math
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -16,16 +17,17 @@ from megatron_gkd.losses.verify.reference import dense_cross_entropy, dense_dive
 from tests.support.hf_reference import load_hf_model
 
 
-class Recipe(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
     """Plain numbers of the optimizer and the loss."""
 
     divergence: str
-    beta: float
-    temperature: float
+    beta: float = 0.5
+    temperature: float = 1.0
     lr: float
     min_lr: float
     warmup_iters: int
-    train_iters: int
+    train_iters: int = 5
     weight_decay: float
     clip_grad: float
     sgd_momentum: float | None = None
@@ -33,6 +35,13 @@ class Recipe(NamedTuple):
     no_weight_decay: tuple[str, ...] = ("*.bias", "*norm.weight")
     freeze: tuple[str, ...] = ()
     sft_weight: float = 0.0
+
+    @classmethod
+    def of(cls, *sections: dict[str, Any], **others: Any) -> Self:
+        """The keys of sections of a configuration that are fields here, and others by name."""
+        known = {field.name for field in fields(cls)}
+        given = {key: value for section in sections for key, value in section.items() if key in known}
+        return cls(**given | others)
 
     def lr_at(self, iteration: int) -> float:
         """Linear warm-up, then half a cosine from lr to min_lr, reached one iteration after the last."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_gkd.data.sample import Batch, Sample
 from tests.support.on_ranks import destroy_all_groups, no_kernels
@@ -21,7 +21,17 @@ def make_batch(seed: int, lengths: tuple[tuple[int, int], ...]) -> Batch:
     for row, (prompt, completion) in enumerate(lengths):
         ids = torch.randint(250, (prompt + completion,), generator=generator).tolist()
         ids[prompt + completion - 1] = EOS_ID
-        samples.append(Sample(row, 0, tuple(ids[:prompt]), tuple(ids[prompt:]), row % 2 == 0, "stop", 0))
+        samples.append(
+            Sample(
+                row=row,
+                sample_index=0,
+                prompt_ids=tuple(ids[:prompt]),
+                completion_ids=tuple(ids[prompt:]),
+                is_on_policy=row % 2 == 0,
+                finish_reason="stop",
+                weight_version=0,
+            )
+        )
     return Batch(tuple(samples))
 
 
@@ -34,14 +44,22 @@ def make_world(rank: int, world_size: int) -> Any:
     return Job(Platform(torch.device("cpu"), "gloo", "test"), no_kernels(), rank, world_size)
 
 
-def build_parts(config: Any, world: Any) -> tuple[Any, Any, Any]:
-    """(student, teacher, shard of the teacher's head). Collective."""
+class Parts(NamedTuple):
+    """What a step needs: the student, the teacher, and the shard of the teacher's head."""
+
+    student: Any
+    teacher: Any
+    head_VH: Any
+
+
+def build_parts(config: Any, world: Any) -> Parts:
+    """The parts of a run without engines. Collective."""
     from megatron_gkd.train.setup import build_student, build_teacher
 
     student = build_student(config, world)
     tokenizer: Any = SimpleNamespace(pad_id=PAD_ID)
     teacher = build_teacher(config, world, tokenizer, student)
-    return student, teacher, teacher.head_VH
+    return Parts(student, teacher, teacher.head_VH)
 
 
 def export_gradients(student: Any, file: Path) -> None:
@@ -88,14 +106,7 @@ def copy_of(model: Any) -> dict[str, Any]:
 
 
 def update(
-    student: Any,
-    teacher: Any,
-    head_VH: Any,
-    batch: Batch,
-    iteration: int,
-    config: Any,
-    *,
-    pad_to_multiple_of: int = 2,
+    parts: Parts, batch: Batch, iteration: int, config: Any, *, pad_to_multiple_of: int = 2
 ) -> tuple[Any, float]:
     """One iteration without rollout: (result of the step, mean loss over the completion tokens of all ranks)."""
     import torch
@@ -103,6 +114,7 @@ def update(
     from megatron_gkd.parallel.collectives import reduce_values
     from megatron_gkd.train.step import attach_signals, train_step
 
+    student, teacher, head_VH = parts
     micro_batches = batch.micro_batches(
         config.train.micro_batch_size,
         dp_rank=student.groups.dp_rank,
@@ -140,17 +152,17 @@ def assert_resumes(config: Any, world: Any, batches: list[Batch]) -> None:
     half = len(batches) // 2
     parts = build_parts(config, world)
     for i in range(half):
-        update(*parts, batches[i], i, config)
-    make_store(config, parts[0]).save(half, parts[0].model, parts[0].optimizer, {})
-    unbroken = [update(*parts, batches[i], i, config) for i in range(half, len(batches))]
-    expected = copy_of(parts[0].model)
+        update(parts, batches[i], i, config)
+    make_store(config, parts.student).save(half, parts.student.model, parts.student.optimizer, {})
+    unbroken = [update(parts, batches[i], i, config) for i in range(half, len(batches))]
+    expected = copy_of(parts.student.model)
     leave()
 
     parts = build_parts(config, world)
-    store = make_store(config, parts[0])
-    store.load(store.find_newest_valid(), parts[0].model, parts[0].optimizer)
-    resumed = [update(*parts, batches[i], i, config) for i in range(half, len(batches))]
+    store = make_store(config, parts.student)
+    store.load(store.find_newest_valid(), parts.student.model, parts.student.optimizer)
+    resumed = [update(parts, batches[i], i, config) for i in range(half, len(batches))]
     assert resumed == unbroken
-    for name, parameter in parts[0].model.named_parameters():
+    for name, parameter in parts.student.model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
     leave()

@@ -168,4 +168,4 @@ def test_sample_without_prompt_or_with_unknown_reason_is_refused():
     with pytest.raises(ValueError, match="empty prompt"):
         make_sample(0, 2)
     with pytest.raises(ValueError, match="finish_reason 'abort'"):
-        Sample(0, 0, (1,), (2,), True, "abort", 0)
+        replace(make_sample(1, 1), finish_reason="abort")

@@ -12,7 +12,7 @@ def _refuse(*args, **kwargs):
     raise AssertionError("the per-sequence function was called")
 
 
-def _one_by_one(query_BHD, k_SGD, v_SGD, req_to_token, rows, lengths, *, scale, window):
+def _one_by_one(query_BHD, k_SGD, v_SGD, *, req_to_token, rows, lengths, scale, window):
     answers = []
     for query_HD, row, length in zip(query_BHD, rows.tolist(), lengths.tolist(), strict=True):
         first = 0 if window is None or window < 0 else max(0, length - 1 - window)
@@ -39,7 +39,16 @@ def test_equals_attention_of_each_sequence_even_beside_slots_with_nan(window):
         _refuse, None, query, output, k_cache, v_cache, req_to_token, rows, lengths, None,
         scaling=0.3, sliding_window_size=window, enable_gqa=True, causal=False, is_cross_attn=False,
     )  # fmt: skip
-    expected = _one_by_one(query, k_cache, v_cache, req_to_token, rows, lengths, scale=0.3, window=window)
+    expected = _one_by_one(
+        query,
+        k_cache,
+        v_cache,
+        req_to_token=req_to_token,
+        rows=rows,
+        lengths=lengths,
+        scale=0.3,
+        window=window,
+    )
     assert answer is output
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
 

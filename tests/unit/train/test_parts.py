@@ -17,10 +17,10 @@ def batch() -> Batch:
     return Batch(
         tuple(
             Sample(
-                row,
-                0,
-                (1, 2),
-                tuple(range(n)),
+                row=row,
+                sample_index=0,
+                prompt_ids=(1, 2),
+                completion_ids=tuple(range(n)),
                 is_on_policy=row % 3 == 0,
                 finish_reason="stop",
                 weight_version=0,
