@@ -16,9 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.on_ranks import DP, PP2, PP2_VPP2, TP2, TP2_PP2, Split, allow_saving, student_groups
+from tests.support.on_ranks import CPU, DP, PP2, PP2_VPP2, TP2, TP2_PP2, Split, allow_saving, student_groups
 from tests.support.run_config import write_config
-from tests.support.run_parts import LENGTHS, build_parts, copy_of, leave, make_batch, make_world, update
+from tests.support.run_parts import (
+    build_parts,
+    copy_of,
+    leave,
+    make_batch,
+    make_batches,
+    make_world,
+    update,
+)
 from tests.support.tiny_models import FOUR_LAYERS, write_tiny_model
 
 OPTIM = {"lr": 2e-3, "decay_style": "cosine", "warmup_iters": 2, "weight_decay": 0.1}
@@ -31,7 +39,6 @@ CHANGED = {
     "adam_beta2": 0.98,
     "adam_eps": 1e-7,
 }
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +169,7 @@ def _stop_and_resume(rank: int, world_size: int, config_file: Path) -> None:
 
     allow_saving()
     config = load_config(config_file)
-    world, batches = make_world(rank, world_size), [make_batch(seed, LENGTHS) for seed in range(4)]
+    world, batches = make_world(rank, world_size), make_batches(4)
     parts = build_parts(config, world)
     student = parts.student
     store = _store(config, student)
@@ -281,7 +288,7 @@ def _save_without_a_step(rank: int, world_size: int, config_file: Path) -> None:
 
     allow_saving()
     config = load_config(config_file)
-    world, batch = make_world(rank, world_size), make_batch(0, LENGTHS)
+    world, batch = make_world(rank, world_size), make_batch(0)
     parts = build_parts(config, world)
     student = parts.student
     saved = _store(config, student).save(1, student.model, student.optimizer, {})
@@ -301,7 +308,7 @@ def _resume_with_other_settings(rank: int, world_size: int, config_file: Path, c
 
     allow_saving()
     config, changed = load_config(config_file), load_config(changed_file)
-    world, batch = make_world(rank, world_size), make_batch(0, LENGTHS)
+    world, batch = make_world(rank, world_size), make_batch(0)
     parts = build_parts(config, world)
     student = parts.student
     update(parts, batch, 0, config)
@@ -387,7 +394,7 @@ def _save_both_ways(rank: int, world_size: int, config_file: Path) -> None:
 
     allow_saving()
     config = load_config(config_file)
-    world, batches = make_world(rank, world_size), [make_batch(seed, LENGTHS) for seed in range(4)]
+    world, batches = make_world(rank, world_size), make_batches(4)
     parts = build_parts(config, world)
     student = parts.student
     for i in (0, 1):

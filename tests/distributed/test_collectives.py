@@ -3,10 +3,9 @@
 import math
 
 import pytest
-import torch
 import torch.distributed as dist
 
-CPU = torch.device("cpu")
+from tests.support.on_ranks import CPU
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

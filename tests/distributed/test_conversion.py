@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.on_ranks import (
+    CPU,
     DP,
     PP2,
     TP2,
@@ -37,7 +38,6 @@ MODELS = {
     "qwen2_151936": {"family": "qwen2", "vocab_size": 151936, "tied": True, "hidden_size": 8},
     "qwen2_152064": {"family": "qwen2", "vocab_size": 152064, "tied": False, "hidden_size": 8},
 }
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")

@@ -9,20 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_SP, Split, allow_saving
-from tests.support.run_config import write_config
+from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_SP, Split
+from tests.support.run_config import OPTIM, write_config
 from tests.support.run_parts import (
-    LENGTHS,
-    assert_resumes,
     build_parts,
+    check_resume,
     leave,
-    make_batch,
+    make_batches,
     make_world,
     update,
 )
 from tests.support.tiny_models import SMALL, write_tiny_model
 
-OPTIM = {"lr": 2e-3, "min_lr": 1e-4, "decay_style": "cosine", "warmup_iters": 2, "weight_decay": 0.1}
 FREEZE = [
     "model.embed_tokens.weight",
     "decoder.layers.0.self_attention.*",
@@ -46,16 +44,12 @@ def models(request, tmp_path_factory) -> tuple[Path, Path]:
     return student, write_tiny_model(folder / "teacher", seed=2, tied=True, **SMALL)
 
 
-def batches():
-    return [make_batch(seed, LENGTHS) for seed in range(4)]
-
-
 @pytest.fixture(scope="module")
 def expected(models) -> dict[str, torch.Tensor]:
     from tests.support.reference_training import Recipe, train_reference
 
     recipe = Recipe.of(OPTIM, divergence="forward_kl", clip_grad=1.0, freeze=FROZEN_IN_HF)
-    return train_reference(*models, batches(), recipe).weights
+    return train_reference(*models, make_batches(4), recipe).weights
 
 
 @pytest.mark.parametrize(
@@ -103,7 +97,7 @@ def test_a_run_resumes_bit_for_bit_wherever_its_frozen_weights_lie(
         student={"freeze": freeze},
         train={"precision": precision},
     )
-    run_on_ranks(2, _resume, config)
+    run_on_ranks(2, check_resume, config)
 
 
 @pytest.mark.parametrize(("num_ranks", "split"), [(2, TP2_SP), (2, PP2)], ids=str)
@@ -125,7 +119,7 @@ def _recompute(rank: int, world_size: int, config_file: Path) -> None:
         settings.recompute_granularity, settings.recompute_method = granularity, "uniform"
         settings.recompute_num_layers = 1
         outcomes.append(
-            [update(parts, batch, i, load_config(config_file)) for i, batch in enumerate(batches())]
+            [update(parts, batch, i, load_config(config_file)) for i, batch in enumerate(make_batches(4))]
         )
         leave()
     assert outcomes[0] == outcomes[1]
@@ -139,7 +133,7 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
     config, folder = load_config(config_file), config_file.parent
     parts = build_parts(config, make_world(rank, world_size))
     student = parts.student
-    for iteration, batch in enumerate(batches()):
+    for iteration, batch in enumerate(make_batches(4)):
         update(parts, batch, iteration, config)
     parameters = dict(student.model.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]
@@ -165,10 +159,3 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
     if rank == 0:
         (pushed / "model.safetensors").rename(folder / "pushed.safetensors")
     leave()
-
-
-def _resume(rank: int, world_size: int, config_file: Path) -> None:
-    from megatron_gkd.config import load_config
-
-    allow_saving()
-    assert_resumes(load_config(config_file), make_world(rank, world_size), batches())

@@ -19,6 +19,7 @@ from megatron_gkd.data.sample import Batch
 from tests.support.on_ranks import DP, PP2, PP2_VPP2, PP4, TP2, TP2_PP2, TP2_PP2_SP, TP2_SP, Split
 from tests.support.run_config import write_config
 from tests.support.run_parts import (
+    FOUR_LENGTHS,
     build_parts,
     copy_of,
     export_gradients,
@@ -34,8 +35,6 @@ MODELS = {
     "tied": {"family": "llama", "tied": True},
     "untied": {"family": "qwen3", "tied": False, "vocab_size": 263},
 }
-# prompt and completion lengths; sample 2 is a micro-batch of one without loss rows
-LENGTHS = ((4, 5), (2, 9), (6, 0), (7, 4))
 NUM_STEPS = 20
 OPTIM = {"lr": 2e-4, "warmup_iters": 2, "decay_style": "cosine", "weight_decay": 0.1, "clip_grad": 1.0}
 AS_GIVEN: dict[str, Any] = {}
@@ -196,7 +195,7 @@ def _distance(got: torch.Tensor, want: torch.Tensor) -> float:
 def _write(
     folder: Path, case: Case, pair: tuple[Path, Path], *, precision: str = "fp32", **sections: Any
 ) -> Path:
-    batch = {"global_batch_size": len(LENGTHS), "micro_batch_size": case.micro_batch_size}
+    batch = {"global_batch_size": len(FOUR_LENGTHS), "micro_batch_size": case.micro_batch_size}
     return write_config(
         folder,
         *pair,
@@ -224,7 +223,7 @@ def _train(rank: int, world_size: int, jobs: list[tuple[Path, int]], case: Case)
         parts = build_parts(config, make_world(rank, world_size))
         losses, norms = [], []
         for iteration in range(num_steps):
-            batch = make_batch(iteration, LENGTHS)
+            batch = make_batch(iteration, FOUR_LENGTHS)
             batch = Batch(batch.samples[::-1]) if case.is_reversed else batch
             result, loss = update(parts, batch, iteration, config, pad_to_multiple_of=case.pad_to_multiple_of)
             assert not result.is_skipped
@@ -251,7 +250,7 @@ def _train_on_itself(rank: int, world_size: int, jobs: list[Path]) -> None:
             if config.student.parallel.sequence_parallel
             else 1
         )
-        batch = make_batch(0, LENGTHS)
+        batch = make_batch(0, FOUR_LENGTHS)
         result, loss = update(parts, batch, 0, config, pad_to_multiple_of=multiple_of)
         assert (loss, result.grad_norm, result.is_skipped) == (0.0, 0.0, False), config.loss.divergence
         for name, parameter in student.model.named_parameters():

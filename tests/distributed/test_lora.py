@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_PP2_SP, TP2_SP, Split, allow_saving
+from tests.support.on_ranks import CPU, DP, PP2, TP2, TP2_PP2, TP2_PP2_SP, TP2_SP, Split, allow_saving
 from tests.support.run_config import write_config
 from tests.support.run_parts import (
-    LENGTHS,
-    assert_resumes,
+    PROBE,
     build_parts,
+    check_resume,
     copy_of,
     leave,
     make_batch,
@@ -30,8 +30,6 @@ from tests.support.tiny_models import EOS_ID, SMALL, write_tiny_model
 OPTIM = {"lr": 1e-2, "warmup_iters": 2, "decay_style": "cosine", "weight_decay": 0.1, "clip_grad": 0.0}
 LORA = {"rank": 3, "alpha": 6.0}
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PROBE = [[5, 6, 7, 8, 9], [100, 101]]
-CPU = torch.device("cpu")
 LAYOUTS = [(2, DP), (2, TP2), (2, TP2_SP), (2, PP2), (4, TP2_PP2), (4, TP2_PP2_SP)]
 
 
@@ -56,7 +54,7 @@ def adapters(models, tmp_path_factory) -> Path:
 def plain(models, adapters) -> tuple[float, dict[str, torch.Tensor]]:
     from tests.support.reference_lora import loss_and_gradients
 
-    return loss_and_gradients(*models, adapters, 2.0, make_batch(0, LENGTHS))
+    return loss_and_gradients(*models, adapters, 2.0, make_batch(0))
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +217,7 @@ def _differentiate(rank: int, world_size: int, config_file: Path, adapters: Path
     student = parts.student
     parameters, slices = _adapter_slices(student)
     read_slices(parameters, HfFolder(adapters), slices)
-    _, loss = update(parts, make_batch(0, LENGTHS), 0, config)
+    _, loss = update(parts, make_batch(0), 0, config)
     tensors = peft_tensors(student.weights, LORA["rank"], config.student.lora.targets)
     target, file = MappedSafetensors(tensors, torch.float32), config_file.parent / "gradients.safetensors"
     if rank == 0:
@@ -246,7 +244,7 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
     student, folder = parts.student, config_file.parent
     assert trainer_log_probs(student, PROBE) == log_probs_of_base
     before = copy_of(student.model)
-    losses = [update(parts, make_batch(i, LENGTHS), i, config)[1] for i in range(3)]
+    losses = [update(parts, make_batch(i), i, config)[1] for i in range(3)]
     for name, parameter in student.model.named_parameters():
         assert torch.equal(parameter, before[name]) != (".adapter." in name), name
         assert parameter.requires_grad == (".adapter." in name)
@@ -262,7 +260,7 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
     _push(rank, student, folder)
     make_store(config, student).save(3, student.model, student.optimizer, {})
     trained = {"log_probs": trainer_log_probs(student, PROBE), "completions": _complete(student)}
-    losses += [update(parts, make_batch(i, LENGTHS), i, config)[1] for i in (3, 4)]
+    losses += [update(parts, make_batch(i), i, config)[1] for i in (3, 4)]
     if rank == 0:
         (folder / "trained.json").write_text(json.dumps(trained))
         (folder / "losses.json").write_text(json.dumps(losses))
@@ -296,14 +294,10 @@ def _complete(student) -> list[list[int]]:
 
 
 def _resume(rank: int, world_size: int, config_file: Path) -> None:
-    from megatron_gkd.config import load_config
-
-    allow_saving()
-    batches = [make_batch(seed, LENGTHS) for seed in range(4)]
-    assert_resumes(load_config(config_file), make_world(rank, world_size), batches)
+    check_resume(rank, world_size, config_file)
     config, parts = _prepare(rank, world_size, config_file)
-    update(parts, batches[0], 0, config)
-    update(parts, batches[1], 1, config)
+    for i in range(2):
+        update(parts, make_batch(i), i, config)
     for name, parameter in parts.student.model.named_parameters():
         if name.endswith(
             "linear_qkv.adapter.lora_A"
@@ -318,7 +312,7 @@ def _continue(rank: int, world_size: int, config_file: Path) -> None:
     config, parts = _prepare(rank, world_size, config_file)
     store = make_store(config, parts.student)
     store.load(store.find_newest_valid(), parts.student.model, parts.student.optimizer)
-    losses = [update(parts, make_batch(i, LENGTHS), i, config)[1] for i in (3, 4)]
+    losses = [update(parts, make_batch(i), i, config)[1] for i in (3, 4)]
     expected = json.loads((config_file.parent / "losses.json").read_text())
     assert losses == pytest.approx(expected[3:], rel=1e-6)
     leave()

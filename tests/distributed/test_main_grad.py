@@ -13,11 +13,10 @@ import pytest
 from tests.support.counting import counted
 from tests.support.on_ranks import DP, PP2, PP2_VPP2, TP2, TP2_SP, Split
 from tests.support.run_config import write_config
-from tests.support.run_parts import build_parts, leave, make_batch, make_world, update
+from tests.support.run_parts import FOUR_LENGTHS, build_parts, leave, make_batch, make_world, update
 from tests.support.tiny_models import FOUR_LAYERS, write_tiny_model
 
 SIZES = {**FOUR_LAYERS, "gain": 1 / 3}
-LENGTHS = ((4, 5), (2, 9), (6, 0), (7, 4))  # a micro-batch each; the third has no row of the loss
 OVERLAPPED = {"overlap_grad_reduce": True, "use_distributed_optimizer": True}
 CASES: list[tuple[Split, dict[str, Any]]] = [
     (TP2, {}),
@@ -73,7 +72,7 @@ def _compare(rank: int, world_size: int, jobs: list[Path]) -> None:
             assert error <= bound * want.norm(), f"{job.parent.name} {name}: {error / want.norm()}"
         assert direct.grad_norm == pytest.approx(through_autograd.grad_norm, rel=bound)
         # each micro-batch saves its scaled copy, and in bf16 the rounded one
-        num_micro_batches = len(LENGTHS) // direct.num_copies
+        num_micro_batches = len(FOUR_LENGTHS) // direct.num_copies
         saved = through_autograd.allocated - direct.allocated
         assert saved >= direct.head_size * num_micro_batches * (1 if is_fp32 else 2)
 
@@ -84,7 +83,7 @@ def _update_once(rank: int, world_size: int, config: Any, is_direct: bool) -> Ou
     through_autograd = patch("megatron_gkd.train.step.main_grad_adder", lambda parameter: None)
     parts = build_parts(config, make_world(rank, world_size))
     with nullcontext() if is_direct else through_autograd, counted() as counts:
-        result, _ = update(parts, make_batch(0, LENGTHS), 0, config)
+        result, _ = update(parts, make_batch(0, FOUR_LENGTHS), 0, config)
     gradients = {
         name: parameter.main_grad.clone() for name, parameter in parts.student.model.named_parameters()
     }

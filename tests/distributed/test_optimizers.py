@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.support.on_ranks import PP2, TP2, TP2_PP2, Split, allow_saving
+from tests.support.on_ranks import PP2, TP2, TP2_PP2, Split
 from tests.support.run_config import write_config
 from tests.support.run_parts import (
-    LENGTHS,
-    assert_resumes,
     build_parts,
+    check_resume,
     leave,
-    make_batch,
+    make_batches,
     make_world,
     update,
 )
@@ -40,10 +39,6 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
     return student, write_tiny_model(folder / "teacher", seed=2, tied=False, **SMALL)
 
 
-def batches():
-    return [make_batch(seed, LENGTHS) for seed in range(4)]
-
-
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_is_that_of_a_plain_training_loop(run_on_ranks, models, tmp_path, momentum: float):
     from tests.support.reference_training import Recipe, train_reference
@@ -54,7 +49,7 @@ def test_sgd_is_that_of_a_plain_training_loop(run_on_ranks, models, tmp_path, mo
         sgd_momentum=momentum,
         no_weight_decay=("model.layers.1.*", "model.embed_tokens.weight"),
     )
-    expected = train_reference(*models, batches(), recipe)
+    expected = train_reference(*models, make_batches(4), recipe)
     optim = {**OPTIM, "sgd_momentum": momentum}
     config = write_config(tmp_path, *models, split=TP2_PP2, teacher_split=PP2, optim=optim)
     run_on_ranks(4, _train, config)
@@ -72,7 +67,7 @@ def test_sgd_resumes_bit_for_bit(run_on_ranks, models, tmp_path, num_ranks, spli
     config = write_config(
         tmp_path, *models, split=split, teacher_split=split, optim=OPTIM, train={"precision": precision}
     )
-    run_on_ranks(num_ranks, _resume, config)
+    run_on_ranks(num_ranks, check_resume, config)
 
 
 def _train(rank: int, world_size: int, config_file: Path) -> None:
@@ -82,15 +77,8 @@ def _train(rank: int, world_size: int, config_file: Path) -> None:
     config = load_config(config_file)
     parts = build_parts(config, make_world(rank, world_size))
     student = parts.student
-    for iteration, batch in enumerate(batches()):
+    for iteration, batch in enumerate(make_batches(4)):
         update(parts, batch, iteration, config)
     file = config_file.parent / "trained.safetensors"
     export_weights(student.model, file, student.shapes, student.groups, student.dtype)
     leave()
-
-
-def _resume(rank: int, world_size: int, config_file: Path) -> None:
-    from megatron_gkd.config import load_config
-
-    allow_saving()
-    assert_resumes(load_config(config_file), make_world(rank, world_size), batches())

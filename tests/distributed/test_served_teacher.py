@@ -15,7 +15,7 @@ import torch
 from megatron_gkd.data.sample import Batch, MicroBatch, Sample
 from megatron_gkd.serving import EngineError, EngineTimeout, TeacherClient, TopKLogProbs
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_SP, Split, student_groups
-from tests.support.run_parts import LENGTHS, make_batch
+from tests.support.run_parts import make_batch
 from tests.support.tiny_models import PAD_ID
 
 TOP_K = 3
@@ -75,7 +75,7 @@ def test_a_failure_of_one_that_asks_is_raised_on_all_ranks(run_on_ranks, num_ran
 
 def _score(rank: int, world_size: int, split: Split) -> None:
     with student_groups(split) as groups:
-        batch = _with_odd_prompts(make_batch(0, LENGTHS))
+        batch = _with_odd_prompts(make_batch(0))
         client = AnsweringClient({}, rank)
         micro_batches = _micro_batches(batch, groups)
         teacher = _make_teacher(client, groups)
@@ -113,7 +113,7 @@ def _counted_ids(sample: Sample) -> list[int]:
 
 def _fail(rank: int, world_size: int, split: Split) -> None:
     with student_groups(split) as groups:
-        batch = make_batch(0, LENGTHS)
+        batch = make_batch(0)
         last_to_ask = groups.layout.last_stage_ranks(groups.layout.dp_size - 1)[0]
         for failure, kind in (
             (EngineTimeout("no answer"), EngineTimeout),

@@ -16,17 +16,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_PP2_SP, TP2_SP, Split
-from tests.support.run_config import write_config
-from tests.support.run_parts import LENGTHS, build_parts, copy_of, leave, make_batch, make_world, update
+from tests.support.run_config import OPTIM, write_config
+from tests.support.run_parts import (
+    build_parts,
+    copy_of,
+    leave,
+    make_batch,
+    make_batches,
+    make_world,
+    update,
+)
 from tests.support.tiny_models import SMALL, write_tiny_model
 
-OPTIM = {
-    "lr": 2e-3,
-    "min_lr": 1e-4,
-    "decay_style": "cosine",
-    "warmup_iters": 2,
-    "weight_decay": 0.1,
-}
 CASES = {  # model, loss, largest gradient norm (reached in some of the iterations)
     "llama_tied_forward_kl": ({"tied": True}, {"divergence": "forward_kl"}, 15.0),
     "qwen3_untied_jsd": (
@@ -52,7 +53,7 @@ def cases(tmp_path_factory) -> list[Path]:
         sections = {"loss": loss, "optim": {**OPTIM, "clip_grad": clip_grad}}
         (folder / "sections.json").write_text(json.dumps(sections))
         recipe = Recipe.of(loss, OPTIM, clip_grad=clip_grad)
-        outcome = train_reference(student, teacher, _batches(), recipe)
+        outcome = train_reference(student, teacher, make_batches(5), recipe)
         assert min(outcome.grad_norms) < clip_grad < max(outcome.grad_norms), outcome.grad_norms
         (folder / "curves.json").write_text(json.dumps([outcome.losses, outcome.grad_norms]))
         save_file({k: v.contiguous() for k, v in outcome.weights.items()}, folder / "trained.safetensors")
@@ -110,7 +111,7 @@ def test_cross_entropy_is_mixed_in_or_trains_alone(run_on_ranks, cases, tmp_path
 
     student, teacher = cases[0] / "student", cases[0] / "teacher"
     recipe = Recipe.of(OPTIM, divergence="jsd", clip_grad=1.0, sft_weight=sft_weight)
-    outcome = train_reference(student, teacher, _batches(), recipe)
+    outcome = train_reference(student, teacher, make_batches(5), recipe)
     sections = {
         "loss": {"divergence": "jsd", "sft_weight": sft_weight},
         "optim": {**OPTIM, "clip_grad": 1.0},
@@ -170,10 +171,6 @@ def test_bf16_follows_fp32_within_its_rounding(run_on_ranks, cases, tmp_path, nu
         assert got_norms == pytest.approx(norms, rel=1e-1), folder.name
 
 
-def _batches():
-    return [make_batch(seed, LENGTHS) for seed in range(5)]
-
-
 def _train(rank: int, world_size: int, config_files: list[Path]) -> None:
     from megatron_gkd.config import check_world, load_config
     from tests.support.export import export_weights
@@ -184,7 +181,7 @@ def _train(rank: int, world_size: int, config_files: list[Path]) -> None:
         parts = build_parts(config, make_world(rank, world_size))
         student = parts.student
         losses, norms = [], []
-        for iteration, batch in enumerate(_batches()):
+        for iteration, batch in enumerate(make_batches(5)):
             result, loss = update(parts, batch, iteration, config)
             assert not result.is_skipped
             losses.append(loss)
@@ -221,7 +218,7 @@ def _train_on_entries(rank: int, world_size: int, full_file: Path, entries_file:
 
             teacher.score = score_entries
             parts = parts._replace(head_VH=None)
-        result, loss = update(parts, _batches()[0], 0, config)
+        result, loss = update(parts, make_batch(0), 0, config)
         results.append((loss, result.grad_norm, result.metrics))
         leave()
     (loss, norm, _), (entry_loss, entry_norm, metrics) = results
@@ -236,7 +233,7 @@ def _poison(rank: int, world_size: int, config_file: Path) -> None:
     from megatron_gkd.config import load_config
 
     config = load_config(config_file)
-    first, second = _batches()[:2]
+    first, second = make_batches(2)
     finished = []
     for is_poisoned in (False, True):
         parts = build_parts(config, make_world(rank, world_size))

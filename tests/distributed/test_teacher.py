@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_gkd.data.sample import Batch, Sample
 from tests.support.on_ranks import (
+    CPU,
     DP,
     PP2,
     PP4,
@@ -27,7 +28,6 @@ from tests.support.on_ranks import (
 )
 from tests.support.tiny_models import PAD_ID, write_tiny_model
 
-CPU = torch.device("cpu")
 PROMPT_LENGTHS = (4, 1, 9, 2, 3, 7, 5, 2)
 COMPLETION_LENGTHS = (5, 12, 1, 0, 8, 3, 2, 6)  # 0: a sample without any row
 MODELS = {

@@ -16,12 +16,11 @@ from safetensors.torch import load_file
 from megatron_gkd.serving.errors import EngineError, StaleWeights
 from tests.support.on_ranks import DP, PP2, TP2, TP2_PP2, TP2_SP, Split
 from tests.support.run_config import write_config
-from tests.support.run_parts import build_parts, leave, make_batch, make_world, update
+from tests.support.run_parts import PROBE, build_parts, leave, make_batch, make_world, update
 from tests.support.tiny_models import SMALL, write_tiny_model
 
 LENGTHS = ((4, 5), (2, 9), (6, 3), (3, 1))
 LAYOUTS = [(2, TP2), (2, PP2), (2, DP), (2, TP2_SP), (4, TP2_PP2)]
-PROBE = [[5, 6, 7, 8, 9], [100, 101]]
 
 
 @pytest.fixture(scope="module", params=["llama_tied", "qwen3_untied"])
@@ -136,7 +135,7 @@ def _push_after_updates(rank: int, world_size: int, config_file: Path) -> None:
     pusher = _pusher(_weight_file(folder / "push", student), student, client)
     pusher.push(0, PROBE)
     for version in (1, 2, 3):
-        update(parts, make_batch(version, LENGTHS), version, config)
+        update(parts, make_batch(version), version, config)
         report = pusher.push(version, PROBE)
     assert report.max_difference < 5e-5
     assert report.num_probe_tokens == 5
@@ -183,7 +182,7 @@ def _keep_a_stale_slice(rank: int, world_size: int, config_file: Path) -> None:
         parameters[name] = parameters[name].detach().clone()  # does not follow the updates
     pusher = _pusher(_weight_file(config_file.parent / "push", student, parameters), student, client)
     pusher.push(0, PROBE)
-    update(parts, make_batch(1, LENGTHS), 1, config)
+    update(parts, make_batch(1), 1, config)
     with pytest.raises(
         WeightPushFailed, match=r"differs from the trainer's by .* nats, more than rollout\.probe_tolerance"
     ):

@@ -20,7 +20,7 @@ from tests.support.hf_reference import load_hf_model
 from tests.support.launching import launch, read_metrics, read_status, wait_for_run
 from tests.support.on_ranks import TP2
 from tests.support.run_config import write_config, write_run_config
-from tests.support.run_parts import LENGTHS, build_parts, leave, make_batch, make_world, update
+from tests.support.run_parts import build_parts, leave, make_batch, make_world, update
 from tests.support.tiny_models import TOKENIZER_SIZE, write_tiny_model
 
 pytestmark = pytest.mark.timeout(400)
@@ -133,7 +133,7 @@ def _loss_and_gradient(
     config = load_config(file, overrides)
     parts = build_parts(config, make_world(rank, world_size))
     student = parts.student
-    result, loss = update(parts, make_batch(0, LENGTHS), 0, config)
+    result, loss = update(parts, make_batch(0), 0, config)
     assert result.grad_norm > 0
     gradient = torch.cat([parameter.main_grad.flatten().clone() for parameter in student.model.parameters()])
     leave()

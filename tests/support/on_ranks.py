@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+CPU = torch.device("cpu")
+
 
 class Split(NamedTuple):
     """How a model is spread; the rest of the ranks is data parallelism."""

@@ -8,6 +8,9 @@ import yaml
 from tests.support.on_ranks import DP, PP2, TP2, Split
 from tests.support.tiny_models import write_prompts, write_tiny_model
 
+OPTIM = {"lr": 2e-3, "min_lr": 1e-4, "decay_style": "cosine", "warmup_iters": 2, "weight_decay": 0.1}
+"""AdamW with a warm-up, a decay of the rate and one of the weights."""
+
 
 def write_tree(file: Path, tree: dict[str, Any], **sections: Any) -> Path:
     """Write ``tree`` as YAML, with the keys of ``sections`` merged into its sections; return ``file``."""

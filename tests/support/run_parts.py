@@ -5,14 +5,26 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from megatron_gkd.data.sample import Batch, Sample
-from tests.support.on_ranks import destroy_all_groups, no_kernels
+from tests.support.on_ranks import allow_saving, destroy_all_groups, no_kernels
 from tests.support.tiny_models import EOS_ID, PAD_ID
 
 LENGTHS = ((4, 5), (2, 9), (6, 0), (3, 0), (5, 1), (9, 12), (1, 3), (7, 4))
 """(prompt, completion) tokens of a batch of eight: ragged, with a micro-batch of two that has no rows."""
 
 
-def make_batch(seed: int, lengths: tuple[tuple[int, int], ...]) -> Batch:
+FOUR_LENGTHS = ((4, 5), (2, 9), (6, 0), (7, 4))
+"""Of a batch of four; sample 2 is a micro-batch of one without rows of the loss."""
+
+PROBE = [[5, 6, 7, 8, 9], [100, 101]]
+"""Sequences that engine and student score after a push."""
+
+
+def make_batches(num: int) -> list[Batch]:
+    """Batches of eight, with the seeds 0 to ``num`` - 1."""
+    return [make_batch(seed) for seed in range(num)]
+
+
+def make_batch(seed: int, lengths: tuple[tuple[int, int], ...] = LENGTHS) -> Batch:
     """Random samples of (prompt, completion) lengths; every other one on-policy."""
     import torch
 
@@ -145,10 +157,14 @@ def make_store(config: Any, student: Any) -> Any:
     )
 
 
-def assert_resumes(config: Any, world: Any, batches: list[Batch]) -> None:
-    """Half of ``batches``, a checkpoint, the rest: in a process that loads the checkpoint, the rest is the same."""
+def check_resume(rank: int, world_size: int, config_file: Path) -> None:
+    """Two updates, a checkpoint, two more: after loading the checkpoint, the last two repeat bit for bit."""
     import torch
 
+    from megatron_gkd.config import load_config
+
+    allow_saving()
+    config, world, batches = load_config(config_file), make_world(rank, world_size), make_batches(4)
     half = len(batches) // 2
     parts = build_parts(config, world)
     for i in range(half):
