@@ -11,7 +11,6 @@ from tests.support.tiny_models import EOS_ID, PAD_ID
 LENGTHS = ((4, 5), (2, 9), (6, 0), (3, 0), (5, 1), (9, 12), (1, 3), (7, 4))
 """(prompt, completion) tokens of a batch of eight: ragged, with a micro-batch of two that has no rows."""
 
-
 FOUR_LENGTHS = ((4, 5), (2, 9), (6, 0), (7, 4))
 """Of a batch of four; sample 2 is a micro-batch of one without rows of the loss."""
 

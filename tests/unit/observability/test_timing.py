@@ -85,11 +85,11 @@ def test_running_timer_cannot_start_again():
 
 def test_line_shows_iteration_loss_lag_speed_and_time_left():
     expected = "iteration 12/40 | loss 1.234 | lag 0 | 213 tok/s | 3 min 10 s left"
-    assert progress_line(12, 40, 1.2341, 0, 212.7, 190.2) == expected
+    assert progress_line(12, 40, loss=1.2341, lag=0, tokens_per_s=212.7, seconds_left=190.2) == expected
 
 
 def test_line_without_estimate_or_with_broken_loss_says_so():
-    assert progress_line(1, 40, float("nan"), 1, 0.0, None).endswith(
+    assert progress_line(1, 40, loss=float("nan"), lag=1, tokens_per_s=0.0, seconds_left=None).endswith(
         "loss nan | lag 1 | 0 tok/s | time left unknown"
     )
 
