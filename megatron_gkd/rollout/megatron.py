@@ -50,6 +50,7 @@ class MegatronRollout(RolloutEngine):
         assert student is not None  # connected
         groups, model = student.groups, student.model
         num_copies = groups.layout.dp_size
+        # shares are equal and the last ones may be short or empty
         padded = -(-len(prompts) // num_copies) * num_copies
         start, stop = (min(edge, len(prompts)) for edge in share(padded, groups.dp_rank, num_copies))
         device = next(model.parameters()).device

@@ -38,6 +38,7 @@ def collect_batch(
         lmbda: On-policy share in [0, 1].
         seed: Seed of the run.
     """
+    # every sample has a fixed place first, so that neither seeds nor order depend on which ones are on-policy
     slots = _number_samples(prompts.take(global_batch_size // num_samples), num_samples)
     flags = choose_on_policy(len(slots), lmbda=lmbda, consumed_samples=consumed_samples, seed=seed)
     on_policy = [slot for slot, is_on_policy in zip(slots, flags, strict=True) if is_on_policy]
@@ -58,6 +59,7 @@ def choose_on_policy(num_samples: int, *, lmbda: float, consumed_samples: int, s
         consumed_samples: Samples of the run before this iteration.
         seed: Seed of the run.
     """
+    # counted from the start of the run: rounding in every iteration would lose up to a sample each time
     before = math.floor(lmbda * consumed_samples)
     num_on_policy = math.floor(lmbda * (consumed_samples + num_samples)) - before
     flags = [True] * num_on_policy + [False] * (num_samples - num_on_policy)
@@ -69,11 +71,14 @@ def sampling_seed(seed: int, iteration: int, row: int, sample_index: int, *, fil
     """Seed of one completion; depends on neither the engine nor the other samples of the batch."""
     # rows of the first file are named by their number alone, so that runs from before several files repeat
     place = row if file == 0 else f"{file}:{row}"
-    return stable_hash(seed, "sampling", iteration, place, sample_index) % 2**62
+    return (
+        stable_hash(seed, "sampling", iteration, place, sample_index) % 2**62
+    )  # fits a signed 64-bit integer
 
 
 def stable_hash(*parts: int | str) -> int:
     """64-bit hash, equal on every machine and in every process."""
+    # hash() of a str differs between processes
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 

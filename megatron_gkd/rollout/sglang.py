@@ -32,7 +32,9 @@ from megatron_gkd.serving.protocol import Completion, Sampling
 
 GIB = 2**30
 CHECK_TIMEOUT_S = 30.0
+"""Of the requests before a run: a server that is up answers them at once."""
 PROBE_TOLERANCE = {"fp32": 2e-4, "bf16": 5e-2}
+"""Nats; trainer and server differ by the order of their sums, in bf16 by its rounding."""
 TMPFS = Path("/dev/shm")
 PUSH_COPIES = 2  # the new weights are written while the server may still map the previous ones
 
@@ -118,7 +120,7 @@ class SglangRollout(RolloutEngine):
 
     @override
     def connect(self, student: ShardedModel) -> None:
-        self._on_leader(self._connect_clients)
+        self._on_leader(self._connect_clients)  # all ranks fail alike if a server does not start
         folder = self._push_folder = self._push_base / self._broadcast(f"megatron_gkd-{secrets.token_hex(6)}")
         if self._is_leader:
             folder.mkdir(parents=True, mode=0o700)  # whoever can write there can replace the weights
@@ -175,6 +177,7 @@ class SglangRollout(RolloutEngine):
         def request(client: SglangClient, block: slice) -> list[Completion]:
             return client.generate(prompts[block], seeds=seeds[block], sampling=self._sampling)
 
+        # one request per server, so that the server batches all of its prompts and every iteration repeats
         with ThreadPoolExecutor(max_workers=len(self._clients)) as threads:
             results = list(threads.map(request, self._clients, blocks))
         return [self._cut(completion).to_json() for result in results for completion in result]
@@ -264,13 +267,13 @@ def _server_settings(section: SglangRolloutConfig, context: RolloutContext, proc
     return ServerSettings(
         config.student.hf_folder,
         context_length=config.seq_length,
-        max_running_requests=min(config.train.global_batch_size, 256),
+        max_running_requests=min(config.train.global_batch_size, 256),  # SGLang reserves memory for each
         dtype="float32" if config.train.precision == "fp32" else "bfloat16",
         on_cpu=context.job.platform.is_cpu,
         tp_size=section.tensor_model_parallel_size,
         mem_fraction_static=section.mem_fraction_static,
         num_threads=section.num_threads,
-        has_random_weights=True,
+        has_random_weights=True,  # replaced by the first push, so reading the files would be wasted
         environment=environment.values,
     )
 
@@ -306,6 +309,7 @@ def _push_problems(config: GkdConfig, section: SglangRolloutConfig) -> Iterator[
 
 def _is_on_one_machine(config: GkdConfig) -> bool:
     """Whether the ranks of the student's first copy, which is the one pushed, run on the machine of rank 0."""
+    # Megatron numbers tensor-parallel ranks first and pipeline stages last, so a copy need not be on one machine
     parallel, world_size = config.student.parallel, int(os.environ.get("WORLD_SIZE", "1"))
     layout = Layout(
         parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, num_ranks=world_size

@@ -66,7 +66,7 @@ class SharedWeightFile:
         self._parameters = merged_parameters(student.model) if parameters is None else parameters
         self._file = MappedSafetensors(hf_tensors(shapes), student.dtype)
         self._slices: list[Slice] = []
-        if groups.dp_rank == 0:
+        if groups.dp_rank == 0:  # all copies are equal, one writes
             self._slices = owned_slices(
                 weights, tp_rank=groups.tp_rank, pp_rank=groups.pp_rank, parameters=self._parameters
             )
@@ -80,7 +80,7 @@ class SharedWeightFile:
         folder = self._folder / f"slot_{version % 2}"
         file = folder / WEIGHT_FILE
         nonce = secrets.token_hex(8)
-        error = None
+        error = None  # sent to all ranks instead of raised, or they would wait for rank 0
         if dist.get_rank() == 0:
             try:
                 self._file.create(file)
@@ -137,6 +137,7 @@ class WeightPusher:
             WeightPushFailed: On all ranks; the servers must not be used afterwards.
         """
         folder, num_bytes = self._file.write(version)
+        # the probe is scored with the weights as pushed: no update happens before the server has answered
         sequences = probe_sequences(probe)
         expected = trainer_log_probs(self._student, sequences)
         outcome = (
@@ -177,6 +178,7 @@ def probe_sequences(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
 def trainer_log_probs(student: ShardedModel, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
     """Log-probability in nats of every token after the first, at temperature 1; collective, equal on all ranks."""
     groups, model = student.groups, student.model
+    # a multiple of the tensor-parallel size, in case of sequence parallelism
     micro_batch = _as_micro_batch(sequences, groups.layout.tp_size)
     with evaluation_mode(model):
         rows = forward_rows(model, model.config, groups, [micro_batch])
@@ -212,7 +214,7 @@ def _as_micro_batch(sequences: Sequence[Sequence[int]], multiple_of: int) -> Mic
 
 
 def _larger(a: float, b: float) -> float:
-    # max(0.0, nan) is 0.0
+    # max(0.0, nan) is 0.0, which would hide a broken server
     return a if a >= b or a != a else b
 
 

@@ -78,6 +78,7 @@ class MegatronTeacher(TeacherEngine):
             is_headless=True,
         )
         load_weights(model, source, shapes, groups, is_headless=True, device=job.device)
+        # split as the student's head, whatever the layout of the teacher: both meet in one loss
         head_VH = load_head(
             source,
             shapes,
@@ -123,6 +124,7 @@ class MegatronTeacher(TeacherEngine):
     def _score_own_share(self, batch: Batch) -> Tensor | None:
         layout = self._groups.layout
         dp_size = layout.dp_size
+        # forward only, so the size of a micro-batch is independent of the student's
         own = batch.micro_batches(
             min(len(batch.samples) // dp_size, self._micro_batch_size),
             dp_rank=self._groups.dp_rank,

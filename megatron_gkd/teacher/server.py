@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 CHECK_TIMEOUT_S = 30.0
-NO_ENTRY = -1  # see TopKSignal
+NO_ENTRY = -1
+"""Id of an unused place in a ``TopKSignal``."""
 
 
 class ServerTeacher(TeacherEngine):
@@ -79,7 +80,7 @@ class ServerTeacher(TeacherEngine):
     @override
     @classmethod
     def preflight(cls, section: ServerTeacherConfig, context: TeacherContext) -> None:
-        # on every rank, so that none waits for one that was refused
+        # On every rank, so that none waits for one that was refused. A server that is up answers at once.
         hurried = {"request_timeout_s": min(section.request_timeout_s, CHECK_TIMEOUT_S), "max_retries": 0}
         client = make_teacher_client(section.model_copy(update=hurried))
         try:
@@ -131,7 +132,7 @@ class ServerTeacher(TeacherEngine):
                 [sample.prompt_ids + sample.completion_ids for sample in samples], firsts
             )
         )
-        if not self._groups.is_last_stage:
+        if not self._groups.is_last_stage:  # only now: errors are exchanged over all ranks
             return []
         num_rows, top_k = sum(sample.num_loss_tokens for sample in samples), self._client.top_k
         # not strict: ranks that send no requests have no replies
@@ -169,7 +170,7 @@ class ServerTeacher(TeacherEngine):
             whole = torch.from_numpy(np.concatenate(parts)).to(self._device)
         else:
             whole = torch.empty(shape, dtype=dtype, device=self._device)
-        if whole.numel():
+        if whole.numel():  # equal on all ranks of the stage
             dist.broadcast(whole, group=self._groups.pg.tp, group_src=0)
         return whole
 

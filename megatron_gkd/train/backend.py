@@ -1,4 +1,4 @@
-"""Which back end computes the loss of a run, where the configuration leaves it open."""
+"""The back end that computes the loss of a run with ``loss.backend: auto``."""
 
 import logging
 from typing import NamedTuple
@@ -11,15 +11,15 @@ from megatron_gkd.models.gpt import ShardedModel
 log = logging.getLogger(__name__)
 
 _SAVED_NS = 5.0
-"""What fusing saves of the eager back end's time, for each logit of the student (seen: 4 to 6.5)."""
+"""Time that ``compiled`` saves over ``eager`` per logit of the student; measured: 4 to 6.5 ns."""
 _COMPILE_S = 30.0
-"""To import the compiler and to compile the passes of a loss, on two busy cores."""
+"""Import of the compiler and compilation of a loss, measured on two busy cores."""
 _WORTH = 3.0
-"""How many times that has to be saved, because tokens are an upper bound and the certificate compiles as well."""
+"""Required ratio of time saved to compile time: tokens are an upper bound, and the certificate compiles too."""
 
 
 class Choice(NamedTuple):
-    """A back end, and why."""
+    """A back end and the reason for it."""
 
     backend: str
     reason: str
@@ -28,7 +28,7 @@ class Choice(NamedTuple):
 def with_backend(
     config: GkdConfig, *, tp_size: int, dp_size: int, vocab_size: int, device: torch.device
 ) -> GkdConfig:
-    """The configuration with a back end in place of ``loss.backend: auto``; logged with its reason."""
+    """The configuration with ``loss.backend: auto`` replaced; logs the choice and its reason."""
     if config.loss.backend != "auto":
         return config
     if device.type == "cpu":
@@ -41,7 +41,7 @@ def with_backend(
 
 
 def with_backend_of(config: GkdConfig, student: ShardedModel, device: torch.device) -> GkdConfig:
-    """``with_backend`` for the layout and the vocabulary of a student that was built."""
+    """``with_backend`` for the layout and vocabulary of a built student."""
     layout = student.groups.layout
     return with_backend(
         config,
@@ -53,7 +53,7 @@ def with_backend_of(config: GkdConfig, student: ShardedModel, device: torch.devi
 
 
 def require_loss_backend(config: GkdConfig, device: torch.device) -> None:
-    """Refuse a loss that this device cannot compute.
+    """Check that this device can compute the loss.
 
     Raises:
         ConfigError: Names the key.
@@ -74,6 +74,7 @@ def _choose_on_cpu(config: GkdConfig, tp_size: int, dp_size: int, vocab_size: in
         return Choice(
             "eager", "only divergences on the whole vocabulary have another one, and adaptive_kl has none"
         )
+    # on one rank, if every completion had the full length
     num_tokens = (
         (config.train.train_iters or 0)
         * config.train.global_batch_size

@@ -28,6 +28,7 @@ class Evaluation:
         self._config, self._sharding = config, sharding
         size = config.train.global_batch_size
         samples = [sample_from_data(prompt, 0) for prompt in prompts]
+        # a schedule needs full batches; the added samples are short and have no loss tokens
         samples += [_without_loss(samples[-1])] * (-len(samples) % size)
         self._batches = [Batch(tuple(samples[i : i + size])) for i in range(0, len(samples), size)]
         self._num_tokens = sum(batch.num_loss_tokens for batch in self._batches)

@@ -130,7 +130,7 @@ class Checkpoints:
 
     def save_if_due(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Save every ``checkpoint.save_interval`` iterations; a full disk is logged and training goes on. Collective."""
-        self._store.advance()
+        self._store.advance()  # publishes a background save that all ranks have finished
         interval = self._config.checkpoint.save_interval
         if interval <= 0 or state.iteration % interval:
             return
@@ -142,6 +142,7 @@ class Checkpoints:
     def _load(self, found: Path) -> TrainState:
         for change in permitted_changes(found, self._config):
             log.info("Changed since the checkpoint: %s", change)
+        # after the check: loading fills model and optimizer in place
         stored = self._store.load(found, self._student.model, self._student.optimizer)
         state = TrainState.from_json(stored["train"])
         self._restore_prompts(stored["loader"])
@@ -180,6 +181,7 @@ class StopRequest:
 
     def is_agreed(self, device: torch.device) -> bool:
         """Whether any rank received a request; the same answer and reason on every rank. Collective."""
+        # one small all-reduce per iteration; the reasons are gathered only if there is one
         own = f"stopped by {self._signal_name}" if self._signal_name else self._file.read()
         if not any_rank(own is not None, device=device):
             return False
@@ -187,5 +189,6 @@ class StopRequest:
         return True
 
     def _note(self, number: int, _frame) -> None:
+        # no more than this: the handler runs between any two instructions, perhaps inside a collective
         self._signal_name = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)

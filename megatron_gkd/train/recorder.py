@@ -54,6 +54,7 @@ class IterationRecord:
         num_on_policy = sum(s.num_loss_tokens for s in batch.samples if s.is_on_policy)
         num_off_policy = batch.num_loss_tokens - num_on_policy
         total = result.on_policy_loss_sum + result.off_policy_loss_sum
+        # each rank divides its own sum by the global number of tokens, so the sum over ranks is the mean
         metrics.add("loss", total / max(batch.num_loss_tokens, 1), unit="nats/token", reduce="sum")
         if num_on_policy:
             value = result.on_policy_loss_sum / num_on_policy
@@ -124,7 +125,7 @@ class Recorder:
         for writer in (self._writer, self._samples):
             if writer is not None:
                 writer.truncate_after(iteration)
-        self._progress = Progress(self._total)
+        self._progress = Progress(self._total)  # the time before, spent on loading, is no iteration's
         self.status("running", iteration)
 
     def status(self, state: State, iteration: int, reason: str = "") -> None:
@@ -169,7 +170,9 @@ class Recorder:
         if "validation/loss" in by_name:
             log.info("Validation loss %.4f nats/token", by_name["validation/loss"])
         if self._writer is not None and self._samples is not None:
-            self._writer.declare(metrics)
+            self._writer.declare(
+                metrics
+            )  # a metric may first appear in a later iteration, as the validation does
             self._writer.write(iteration, by_name)
             self._write_samples(self._samples, iteration, batch)
             self.status("running", iteration)

@@ -67,6 +67,7 @@ def build_trainer(config: GkdConfig, platform: Platform, cleanup: ExitStack) -> 
         ConfigError, DataError, CheckpointError: The input cannot be used; nothing was trained or changed.
         CertificateError: The loss is wrong on this machine.
     """
+    # everything that may refuse the run comes before the process group: no rank waits for one that has ended
     tokenizer = build_tokenizer(config)
     prompts = build_prompts(config, tokenizer)
     held_out = build_validation_prompts(config, tokenizer)
@@ -83,7 +84,7 @@ def build_trainer(config: GkdConfig, platform: Platform, cleanup: ExitStack) -> 
     cleanup.callback(rollout.close)
     student = build_student(config, job)
     config = with_backend_of(config, student, job.device)
-    if config.loss.certify:
+    if config.loss.certify:  # with the back end that trains, and before anything is written
         certify_run(config, student.groups, job.device)
     teacher = build_teacher(config, job, tokenizer, student)
     sharding = build_sharding(config, student.groups, tokenizer.pad_id)
@@ -91,16 +92,16 @@ def build_trainer(config: GkdConfig, platform: Platform, cleanup: ExitStack) -> 
     recorder = Recorder(config, job, tokenizer)
     cleanup.callback(recorder.close)
     return Trainer(
-        config,
-        job,
-        prompts,
-        rollout,
-        teacher,
-        student,
-        sharding,
-        Evaluation(held_out, config, sharding) if held_out else None,
-        checkpoints,
-        recorder,
+        config=config,
+        job=job,
+        prompts=prompts,
+        rollout=rollout,
+        teacher=teacher,
+        student=student,
+        sharding=sharding,
+        evaluation=Evaluation(held_out, config, sharding) if held_out else None,
+        checkpoints=checkpoints,
+        recorder=recorder,
         state=checkpoints.resume(),
     )
 
@@ -122,6 +123,7 @@ def build_tokenizer(config: GkdConfig) -> Tokenizer:
     data, folder = config.data, config.student.hf_folder
     template = None if data.chat_template is None else load_chat_template(data.chat_template)
     tokenizer = load_tokenizer(data.tokenizer or folder, data.tokenizer_kind, chat_template=template)
+    # fewer ids than rows is common (padded embeddings); more would index beyond the embedding
     num_rows = load_hf_shapes(folder).vocab_size
     if tokenizer.vocab_size > num_rows:
         raise DataError(
@@ -140,6 +142,7 @@ def build_prompts(config: GkdConfig, tokenizer: Tokenizer) -> PromptStream:
         DataError: A file or a row cannot be used.
     """
     files = _open(config, config.data.prompts)
+    # weights apply to files, so each becomes a stream of its own; otherwise all files are shuffled together
     groups = [[file] for file in files] if config.data.weights else [files]
     streams = [_build_stream(config, group, tokenizer) for group in groups]
     return MixedPrompts(streams, config.data.weights) if config.data.weights else streams[0]
@@ -200,13 +203,22 @@ def build_student(config: GkdConfig, job: Job) -> Student:
     )
     tap = HiddenTap(model) if groups.is_last_stage else None
     weights = WeightLayout(shapes, groups.layout, model.vocab_size)
+    # before DDP and the optimizer, which allocate buffers and state for what requires a gradient
     _set_requires_grad(section, model, weights, groups, config.train.seed)
     ddp = wrap_ddp(chunks_of(model), groups, config.optim)
     undecayed = _parameters_of(undecayed_tensors(config.optim, shapes), model, weights, groups)
     optimizer = build_optimizer(ddp, groups, config.optim, dtype, undecayed)
-    schedule = LearningRateSchedule(optimizer, config.optim, config.train.train_iters)
     log.info("Student: %s, %s on %s", source.folder, groups.layout, job.device)
-    return Student(model, groups, tap, shapes, dtype, ddp, optimizer, schedule)
+    return Student(
+        model=model,
+        groups=groups,
+        tap=tap,
+        shapes=shapes,
+        dtype=dtype,
+        ddp=ddp,
+        optimizer=optimizer,
+        schedule=LearningRateSchedule(optimizer, config.optim, config.train.train_iters),
+    )
 
 
 def check_teacher(config: GkdConfig, job: Job, tokenizer: Tokenizer) -> None:
@@ -238,7 +250,7 @@ def build_sharding(config: GkdConfig, groups: ModelGroups, pad_id: int) -> Shard
         dp_rank=groups.dp_rank,
         dp_size=groups.layout.dp_size,
         pad_id=pad_id,
-        # sequence parallelism of student and teacher splits the positions
+        # sequence parallelism splits the positions, of the student and of a teacher on the same batch
         multiple_of=math.lcm(*(p.tensor_model_parallel_size if p.sequence_parallel else 1 for p in parallel)),
     )
 
@@ -265,7 +277,7 @@ def _build_stream(config: GkdConfig, files: list[RowFile], tokenizer: Tokenizer)
         return StreamedPrompts(
             files, encoder, policy, seed=seed, shuffle=data.shuffle, block_rows=data.shuffle_rows
         )
-    prompts = load_prompts(files, encoder, policy)
+    prompts = load_prompts(files, encoder, policy)  # streamed prompts are counted as they are read
     log.info("Prompts: %s", prompts.summary())
     return PromptLoader(prompts, seed=seed, shuffle=data.shuffle)
 
@@ -275,6 +287,7 @@ def _encoder(config: GkdConfig, tokenizer: Tokenizer, *, needs_completions: bool
     limits = RowLimits(
         data.max_prompt_length,
         data.max_teacher_prompt_length,
+        # on-policy samples replace the completions, whose length then does not matter
         config.rollout.max_new_tokens if needs_completions else None,
         data.truncation,
     )
@@ -296,7 +309,7 @@ def _set_requires_grad(
 ) -> None:
     """Set requires_grad: adapters only, or all weights but the frozen ones."""
     lora = config.lora
-    keep_graph_in_recompute(model)
+    keep_graph_in_recompute(model)  # only matters if the embedding is frozen
     if lora.rank:
         attach_adapters(model, LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets), groups)
         start_training_adapters(model, groups, seed=seed)
@@ -332,6 +345,7 @@ def _build_store(config: GkdConfig, job: Job, tokenizer: Tokenizer, student: Stu
         keep_last=config.checkpoint.keep_last,
         best_metric=config.checkpoint.keep_best_metric,
         tokenizer=config.data.tokenizer,
+        # otherwise the template is copied with the tokenizer's files
         chat_template=tokenizer.chat_template if config.data.chat_template else None,
         in_background=config.checkpoint.async_save,
     )

@@ -95,6 +95,7 @@ def attach_signals(
     """Pair micro-batches with the teacher's signals; ``signals`` is empty where there are none."""
     scored = []
     for i, micro_batch in enumerate(micro_batches):
+        # in the order of the rows under the mask: sequence by sequence
         samples = [batch.samples[index] for index in micro_batch.indices]
         flags = [sample.is_on_policy for sample in samples for _ in range(sample.num_loss_tokens)]
         scored.append(
@@ -116,6 +117,7 @@ def train_step(
 
     The gradient is that of the loss summed over all loss tokens of the global batch, divided by their number.
     """
+    # Megatron adds to the buffers of the previous iteration otherwise
     zero_gradients(student.ddp, student.optimizer)
     loss = partial(_distill, student=student, teacher_head_VH=teacher_head_VH, config=config)
     reports = train_schedule(student.ddp, student.model.config, student.groups, scored, loss)
@@ -128,7 +130,7 @@ def train_step(
     # agreed before the optimizer changes anything: ranks that step alone would no longer hold the same model
     if any_rank(is_bad, device=device):
         return StepResult(on_policy, off_policy, float("nan"), is_skipped=True, metrics=metrics)
-    outcome: Any = student.optimizer.step()
+    outcome: Any = student.optimizer.step()  # the base class declares no result (megatron-core 0.16.1)
     _, grad_norm, _ = outcome
     return StepResult(on_policy, off_policy, float(grad_norm or 0.0), is_skipped=False, metrics=metrics)
 
@@ -167,6 +169,7 @@ def _distill(
         sequence_parallel=student.model.config.sequence_parallel,
         group=student.groups.pg.tp,
     )
+    # position i predicts token i + 1; the mask excludes the last column, which wraps around
     labels_T = micro_batch.tokens_BS.to(hidden_BSH.device).roll(-1, dims=1)[mask_BS]
     # a micro-batch without rows takes the same path, so that collectives match on all ranks
     head_VH = head_weight(student.model)
@@ -182,7 +185,9 @@ def _distill(
     )
     loss_T = result.loss_T
     is_on_policy_T = micro_batch.is_on_policy_T.to(loss_T.device)
+    # tensors, read once after the schedule: .item() here would wait for the device in every micro-batch
     sums_2 = torch.stack([(loss_T * is_on_policy_T).sum(), (loss_T * ~is_on_policy_T).sum()])
+    # Megatron sums it over micro-batches and ranks, and divides the gradients by it (calculate_per_token_loss)
     num_tokens = torch.tensor(rows_TH.shape[0], dtype=torch.int, device=rows_TH.device)
     report = {"loss_sums": sums_2.detach(), "metric_sums": _summed_metrics(result.metrics, loss_T)}
     return result.total, num_tokens, report

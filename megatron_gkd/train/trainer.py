@@ -82,7 +82,7 @@ class Trainer:
         """One iteration, from the prompts to the push of the new weights."""
         state, student, teacher = self.state, self.student, self.teacher
         with self.recorder.iteration(state) as record:
-            with restored_on_error(self.prompts):
+            with restored_on_error(self.prompts):  # from the update on, the batch is consumed
                 with record.timer("rollout"):
                     batch = self.collect_batch()
                 micro_batches = self.sharding.micro_batches(batch)
@@ -92,6 +92,7 @@ class Trainer:
                 lr = student.schedule.set_iteration(state.iteration)
                 scored = attach_signals(batch, micro_batches, signals)
                 result = train_step(student, teacher.head_VH, scored, self.config.loss)
+            # behind the update and in front of the push: the new weights are version ``state.iteration``
             state.advance(
                 batch,
                 is_skipped=result.is_skipped,

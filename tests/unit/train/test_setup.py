@@ -1,13 +1,16 @@
-"""Tokenizer, prompts and validation rows are what the configuration says."""
+"""Tokenizer, prompts and validation rows follow the configuration, and every kind of section has its class."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from megatron_gkd.config import load_config
+from megatron_gkd.config import GkdConfig, load_config
+from megatron_gkd.config.base import sections_of
 from megatron_gkd.data.streams import MixedPrompts, PromptLoader, StreamedPrompts
 from megatron_gkd.data.tokenizer import DataError
+from megatron_gkd.rollout import ROLLOUTS
+from megatron_gkd.teacher import TEACHERS
 from megatron_gkd.train.setup import (
     build_prompts,
     build_tokenizer,
@@ -161,3 +164,10 @@ def test_epochs_become_iterations_before_anything_that_depends_on_their_number(b
     assert with_iterations(config, tokenizer).train.train_iters == 3, "2 x 6 prompts in batches of 4"
     config, tokenizer = build()
     assert with_iterations(config, tokenizer) is config
+
+
+def test_every_kind_of_teacher_and_engine_can_be_built():
+    for name, classes in (("teacher", TEACHERS), ("rollout", ROLLOUTS)):
+        assert set(sections_of(GkdConfig.model_fields[name]).values()) == classes.keys()
+        for cls in classes.values():
+            assert "build" in vars(cls), f"{cls.__name__} does not build itself"
