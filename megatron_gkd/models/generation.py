@@ -96,7 +96,8 @@ def _generate(
     start = 0
     for position in range(min(lengths), end):
         logits_BV = stages.forward(tokens_BS[:, start:position], start)
-        chosen_B = stages.sample(logits_BV, lambda z: _draw(z[:, :vocab_size], seed_B, position, rule))  # noqa: B023
+        drawn_B = None if logits_BV is None else _draw(logits_BV[:, :vocab_size], seed_B, position, rule)
+        chosen_B = stages.broadcast(drawn_B)
         is_open_B = (length_B <= position) & (completed_B == 0)
         tokens_BS[:, position] = torch.where(is_open_B, chosen_B, tokens_BS[:, position])
         num_new_B = position + 1 - length_B
@@ -138,12 +139,12 @@ class _Stages:
         self._context.enable_decode_mode()
         return output[:, -1] if self._groups.is_last_stage else None
 
-    def sample(self, logits_BV: Tensor | None, draw) -> Tensor:
-        """Sample [B] tokens on the last stage and broadcast them to every stage."""
-        device = next(self._model.parameters()).device
-        chosen_B = torch.empty(self._num_sequences, dtype=torch.long, device=device)
-        if logits_BV is not None:
-            chosen_B = draw(logits_BV)
+    def broadcast(self, drawn_B: Tensor | None) -> Tensor:
+        """Return the last stage's [B] tokens on every stage."""
+        chosen_B = drawn_B
+        if chosen_B is None:
+            device = next(self._model.parameters()).device
+            chosen_B = torch.empty(self._num_sequences, dtype=torch.long, device=device)
         if self._p2p is not None:
             group = self._groups.pg.pp
             dist.broadcast(chosen_B, dist.get_global_rank(group, group.size() - 1), group=group)

@@ -6,6 +6,7 @@ Shapes: B = sequences of a micro-batch, S = positions, H = hidden, T = rows unde
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from megatron_gkd.models.gpt import LocalModel, chunks_of, select_rows
 from megatron_gkd.parallel.groups import ModelGroups
 
-LossFunction = Callable[[Tensor, Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""(hidden_BSH of the last stage, micro-batch) -> (loss sum to differentiate, number of tokens, report)."""
+LossFunction = Callable[[Any, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""(micro-batch, hidden_BSH of the last stage) -> (loss sum to differentiate, number of tokens, report)."""
 
 
 def train_schedule(
@@ -42,7 +43,7 @@ def train_schedule(
     Returns:
         One report per micro-batch on the last stage, an empty list elsewhere.
     """
-    return _run(chunks, config, groups, micro_batches, _with_loss(loss), forward_only=False)
+    return _run(chunks, config, groups, micro_batches, partial(_loss_step, loss), forward_only=False)
 
 
 def evaluate_schedule(
@@ -50,7 +51,9 @@ def evaluate_schedule(
 ) -> list[dict[str, Tensor]]:
     """Run the forward passes of ``train_schedule`` in evaluation mode, without gradients."""
     with evaluation_mode(model):
-        return _run(chunks_of(model), config, groups, micro_batches, _with_loss(loss), forward_only=True)
+        return _run(
+            chunks_of(model), config, groups, micro_batches, partial(_loss_step, loss), forward_only=True
+        )
 
 
 @contextlib.contextmanager
@@ -117,13 +120,12 @@ def _fill_last_group(micro_batches: Sequence[Any], groups: ModelGroups) -> list[
     return [*micro_batches, *[replace(last, loss_mask_BS=torch.zeros_like(last.loss_mask_BS))] * missing]
 
 
-def _with_loss(loss: LossFunction) -> Callable[..., Any]:
-    def forward_step(iterator, module):
-        micro_batch = next(iterator)
-        output = _forward(module, micro_batch)
-        return output, lambda hidden_BSH: loss(hidden_BSH, micro_batch)
-
-    return forward_step
+def _loss_step(
+    loss: LossFunction, iterator: Any, module: torch.nn.Module
+) -> tuple[Tensor, Callable[..., Any]]:
+    """Megatron's forward step: the output of the next micro-batch, and the loss to call on it."""
+    micro_batch = next(iterator)
+    return _forward(module, micro_batch), partial(loss, micro_batch)
 
 
 def _forward(model: torch.nn.Module, micro_batch: Any) -> Tensor:

@@ -61,27 +61,23 @@ def hash32(seed_B: Tensor, position_B: Tensor, token_ids_V: Tensor) -> Tensor:
     )
     state = torch.zeros_like(words[0])
     for word in words:
-        state = state ^ (_rotate_left(word * _signed(0xCC9E2D51), 15) * 0x1B873593)
-        state = _rotate_left(state, 13).mul_(5).add_(_signed(0xE6546B64))
+        state = state ^ (_rotate_left(word * (0xCC9E2D51 - 2**32), 15) * 0x1B873593)
+        state = _rotate_left(state, 13).mul_(5).add_(0xE6546B64 - 2**32)
     state ^= 4 * len(words)  # length in bytes
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+    for shift, factor in ((16, 0x85EBCA6B - 2**32), (13, 0xC2B2AE35 - 2**32)):
         state ^= _shift_right(state, shift)
-        state *= _signed(factor)
+        state *= factor
     return state ^ _shift_right(state, 16)
 
 
 # torch has no uint32 arithmetic on all devices. int32 wraps in two's complement, so sums and products have the same bits;
-# only the right shift differs.
+# only the right shift differs. Constants of 2**31 and above are written as negative numbers.
 
 
 def _as_int32(number: Tensor) -> Tensor:
     """The low 32 bits, read as a signed number."""
     low = number.to(torch.int64) & _LOW_32
     return torch.where(low > 0x7FFFFFFF, low - 2**32, low).to(torch.int32)
-
-
-def _signed(constant: int) -> int:
-    return constant - 2**32 if constant > 0x7FFFFFFF else constant
 
 
 def _shift_right(word: Tensor, num_bits: int) -> Tensor:

@@ -155,8 +155,8 @@ def _own_sums(reports: Sequence[dict[str, Tensor]], student: Student, name: str,
 
 
 def _distill(
-    hidden_BSH: Tensor,
     micro_batch: ScoredMicroBatch,
+    hidden_BSH: Tensor,
     *,
     student: Student,
     teacher_head_VH: Tensor | None,
