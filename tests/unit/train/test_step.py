@@ -1,13 +1,9 @@
-"""Small values of the training loop: counters, probes, and what is paired with what before a step."""
+"""What is paired with what before a step. The step itself: tests/distributed/test_student_step.py."""
 
-import pytest
 import torch
 
 from megatron_gkd.data.sample import Batch, Sample
-from megatron_gkd.rollout.weight_sync import MAX_PROBE_SEQUENCES, MAX_PROBE_TOKENS, probe_sequences
 from megatron_gkd.teacher.base import HiddenSignal
-from megatron_gkd.train.evaluation import own_draws
-from megatron_gkd.train.lifecycle import TrainState
 from megatron_gkd.train.step import attach_signals
 
 COMPLETIONS = (2, 0, 1, 3, 2, 1)
@@ -32,33 +28,6 @@ def batch() -> Batch:
 
 def micro_batches(dp_rank: int, dp_size: int, micro_batch_size: int = 2):
     return batch().micro_batches(micro_batch_size, dp_rank=dp_rank, dp_size=dp_size, seq_length=6, pad_id=0)
-
-
-def test_draws_of_a_validation_repeat_and_leave_those_of_training_alone():
-    torch.manual_seed(5)
-    expected = torch.rand(2)
-    torch.manual_seed(5)
-    draws = []
-    for _ in range(2):
-        with own_draws(torch.device("cpu")):
-            draws.append(torch.rand(3))
-    assert draws[0].equal(draws[1])
-    assert torch.rand(2).equal(expected)
-
-
-def test_counters_survive_json_and_refuse_what_they_do_not_know():
-    state = TrainState(iteration=3, consumed_samples=24, skipped_in_a_row=1)
-    assert TrainState.from_json(state.to_json()) == state
-    with pytest.raises(TypeError, match="colour"):
-        TrainState.from_json({**state.to_json(), "colour": 1})
-
-
-def test_probes_are_few_short_and_long_enough_to_be_scored():
-    long = list(range(1000))
-    assert probe_sequences([[1], long, [], [3, 4], [5, 6]]) == [long[-MAX_PROBE_TOKENS:], [3, 4]]
-    assert MAX_PROBE_SEQUENCES == 2
-    assert probe_sequences([(7, 8)]) == [[7, 8]]
-    assert probe_sequences([(7,), (8,)]) == [[7, 7], [8, 8]], "one token has nothing to predict"
 
 
 def test_each_row_carries_the_flag_of_its_sample():
