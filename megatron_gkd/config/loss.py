@@ -64,11 +64,6 @@ class LossSettings(Config):
     rows_per_pass: Free[int | None] = Field(default=None, ge=1)
     """Rows of one elementwise pass over a chunk, for eager and compiled; null: what stays in a CPU's cache, from the shapes."""
 
-    @property
-    def scale(self) -> float:
-        """Factor of the divergence."""
-        return self.temperature**2 if self.temperature_squared else 1.0
-
     @model_validator(mode="after")
     def _support_fits_divergence(self) -> Self:
         if self.support == "token" and self.divergence != "reverse_kl":

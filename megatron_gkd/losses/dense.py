@@ -88,28 +88,25 @@ class KLLoss(_KernelLoss):
 
     @override
     def rounds(self, student_TV: Tensor, teacher_TV: Tensor) -> Rounds:
+        kl, temperatures = self.kernels.divergence, self.kernels.temperatures
+        assert isinstance(kl, WeightedKL)
+        # in float64: few numbers, and differences of large ones
         packed_RTK = (yield self.kernels.first(student_TV, teacher_TV)).double()
-        loss_T, stats_TK = _combined_kl(packed_RTK, self.kernels.divergence, self.kernels.temperatures)
+        max_x_RT, max_y_RT, smaller_RT, difference_RT, *cross = packed_RTK.unbind(-1)
+        sum_x_RT, sum_y_RT = smaller_RT + difference_RT.clamp(min=0), smaller_RT - difference_RT.clamp(max=0)
+        student = SoftmaxStats.merged(max_x_RT, sum_x_RT, temperatures.student)
+        teacher = SoftmaxStats.merged(max_y_RT, sum_y_RT, temperatures.teacher)
+        far_x_RT = (max_x_RT - student.max_T) / temperatures.student
+        far_y_RT = (max_y_RT - teacher.max_T) / temperatures.teacher
+        loss_T = shift_T = nan_if_not_positive(student.sumexp_T, teacher.sumexp_T)
+        if kl.forward:
+            loss_T = loss_T + kl.forward * _merged_kl(cross[0], sum_y_RT, difference_RT, far_y_RT, far_x_RT)
+        if kl.reverse:
+            reverse_kl_T = _merged_kl(cross[-1], sum_x_RT, -difference_RT, far_x_RT, far_y_RT)
+            loss_T = loss_T + kl.reverse * reverse_kl_T
+            shift_T = teacher.sumexp_T.log() - student.sumexp_T.log() - reverse_kl_T
         dtype = accumulation_dtype(student_TV.dtype)
-        return loss_T.to(dtype), stats_TK.to(dtype)
-
-
-def _combined_kl(packed_RTK: Tensor, kl: Any, temperatures: Temperatures) -> tuple[Tensor, Tensor]:
-    """(loss_T, stats_TK) from ``DenseKernels.first`` of all ranks, in float64: few numbers, and differences of large ones."""
-    max_x_RT, max_y_RT, smaller_RT, difference_RT, *cross = packed_RTK.unbind(-1)
-    sum_x_RT, sum_y_RT = smaller_RT + difference_RT.clamp(min=0), smaller_RT - difference_RT.clamp(max=0)
-    student = SoftmaxStats.merged(max_x_RT, sum_x_RT, temperatures.student)
-    teacher = SoftmaxStats.merged(max_y_RT, sum_y_RT, temperatures.teacher)
-    far_x_RT = (max_x_RT - student.max_T) / temperatures.student
-    far_y_RT = (max_y_RT - teacher.max_T) / temperatures.teacher
-    loss_T = shift_T = nan_if_not_positive(student.sumexp_T, teacher.sumexp_T)
-    if kl.forward:
-        loss_T = loss_T + kl.forward * _merged_kl(cross[0], sum_y_RT, difference_RT, far_y_RT, far_x_RT)
-    if kl.reverse:
-        reverse_kl_T = _merged_kl(cross[-1], sum_x_RT, -difference_RT, far_x_RT, far_y_RT)
-        loss_T = loss_T + kl.reverse * reverse_kl_T
-        shift_T = teacher.sumexp_T.log() - student.sumexp_T.log() - reverse_kl_T
-    return loss_T, torch.stack([*student, *teacher, shift_T], -1)
+        return loss_T.to(dtype), torch.stack([*student, *teacher, shift_T], -1).to(dtype)
 
 
 def _merged_kl(

@@ -3,7 +3,7 @@
 Shapes: T = tokens, V = vocabulary entries held by this rank, H = hidden size.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class DistillLoss:
         if tokens_per_chunk is not None and tokens_per_chunk < 1:
             raise ValueError(f"tokens_per_chunk {tokens_per_chunk} is not at least 1; 256 suits most shapes")
         self.settings, self.sft_weight = settings, sft_weight
+        self._scale = settings.temperature**2 if settings.temperature_squared else 1.0
         self.group = split_over(group)
         self._tokens_per_chunk, self._valid_vocab_size = tokens_per_chunk, valid_vocab_size
 
@@ -104,7 +105,7 @@ class DistillLoss:
             ValueError: If shapes or dtypes do not fit, or the settings need another teacher.
         """
         chunked = self._chunked(student, teacher, labels_T)
-        first = student.inputs[0]
+        first = student[0]
         if token_weight_T is not None:
             if token_weight_T.shape != first.shape[:1]:
                 name = "logits" if isinstance(student, Logits) else "hidden states"
@@ -120,15 +121,15 @@ class DistillLoss:
         return self._chunked(student, teacher, labels_T).per_token(student)
 
     def _chunked(self, student: Source, teacher: Teacher, labels_T: Tensor | None) -> ChunkedLoss:
-        _check_heads(student, teacher)
-        terms, targets = [], []
-        num_local = student.num_local_columns
-        first = student.inputs[0]
+        first, weight_VH, _ = student[:3]
+        num_local = first.shape[1] if weight_VH is None else weight_VH.shape[0]
+        _check_heads(student, teacher, num_local)
         columns_T = None if labels_T is None else self._columns(labels_T, first, num_local)
+        terms, targets = [], []
         if teacher is not None and self.sft_weight < 1:
             is_known = isinstance(teacher, KnownEntries)
             loss = _divergence_loss(self.settings, is_known, self.group)  # pyright: ignore[reportArgumentType]  (frozen)
-            terms.append(Term("divergence", (1 - self.sft_weight) * self.settings.scale, loss))
+            terms.append(Term("divergence", (1 - self.sft_weight) * self._scale, loss))
             targets.append(self._divergence_target(teacher, first, num_local, columns_T))
         if teacher is None or self.sft_weight > 0:
             if columns_T is None:
@@ -138,12 +139,11 @@ class DistillLoss:
             loss = PartialSumLoss(self.group, NEGATIVE_LOG_LIKELIHOOD, 1.0, has_metrics=False)
             terms.append(Term("cross_entropy", self.sft_weight if teacher is not None else 1.0, loss))
             targets.append(label_target(columns_T))
-        return ChunkedLoss(
-            TermSum(self.group, tuple(terms)),
-            tuple(targets),
-            num_real_columns(num_local, self.group, self._valid_vocab_size),
-            self._tokens_per_chunk or choose_tokens_per_chunk(num_local),
-        )
+        num_columns = num_real_columns(num_local, self.group, self._valid_vocab_size)
+        tokens_per_chunk = self._tokens_per_chunk or choose_tokens_per_chunk(num_local)
+        if len(terms) == 1 and terms[0].weight == 1.0:
+            return ChunkedLoss(terms[0].loss, targets[0], num_columns, tokens_per_chunk, terms[0].name)
+        return ChunkedLoss(TermSum(self.group, tuple(terms)), tuple(targets), num_columns, tokens_per_chunk)
 
     def _columns(self, labels_T: Tensor, first: Tensor, num_local: int) -> Tensor:
         """[T] labels, counted from this rank's first column."""
@@ -179,12 +179,13 @@ class DistillLoss:
         return SupportTarget(teacher, columns_T)
 
 
+@cache
 def choose_tokens_per_chunk(num_columns: int) -> int:
     """64 MiB of fp32 logits for this many columns, clamped to [256, 2048] tokens."""
     return min(max(_LOGITS_PER_CHUNK // max(num_columns, 1), 256), 2048)
 
 
-@cache
+@lru_cache(maxsize=16)  # few, for each keeps its process group alive
 def _divergence_loss(settings: LossSettings, is_known: bool, group: Group) -> TokenLoss:
     """The loss of a token for these settings, built once for each.
 
@@ -195,7 +196,8 @@ def _divergence_loss(settings: LossSettings, is_known: bool, group: Group) -> To
     """
     teacher_tau = settings.teacher_temperature
     temperatures = Temperatures(settings.temperature, teacher_tau or settings.temperature)
-    parameters = {"beta": settings.beta, "alpha": settings.alpha, "weight": settings.weight}
+    # all settings: a divergence takes those that its factory names
+    parameters = settings.model_dump(exclude={"divergence"})
     divergence = make_divergence(settings.divergence, **parameters)
     if settings.support == "full" and not is_known:
         loss = make_dense_loss(divergence, temperatures, group, settings.backend, settings.rows_per_pass)
@@ -234,36 +236,32 @@ def _sparse_loss(
     return inner if is_known else SupportLoss(group, chooser, inner, temperatures.teacher)
 
 
-def _check_heads(student: Source, teacher: Teacher) -> None:
-    if isinstance(student, LMHead):
-        _check_head("student", student)
-    if not isinstance(teacher, LMHead):
-        return
-    _check_head("teacher", teacher)
-    hidden_TH, weight_VH = student.inputs[:2]
-    num_rows = student.inputs[0].shape[0], student.num_local_columns
-    if num_rows != (teacher.hidden_TH.shape[0], teacher.num_local_columns):
-        head = () if weight_VH is None else tuple(weight_VH.shape)
+def _check_heads(student: Source, teacher: Teacher, num_local: int) -> None:
+    heads = {"student": student, "teacher": teacher}
+    for name, head in heads.items():
+        if not isinstance(head, LMHead):
+            continue
+        hidden_TH, weight_VH, bias_V = head[:3]
+        if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
+            raise ValueError(
+                f"{name} hidden states {tuple(hidden_TH.shape)} and head {tuple(weight_VH.shape)} are not [tokens, hidden] "
+                "and [local vocabulary, hidden]; flatten the tokens, and pass the weight of the output layer as it is"
+            )
+        if hidden_TH.dtype != weight_VH.dtype:
+            raise ValueError(
+                f"{name} hidden states are {hidden_TH.dtype} but its head is {weight_VH.dtype}; cast one of them, the product "
+                "is made in their common dtype"
+            )
+        if bias_V is not None and bias_V.shape != weight_VH.shape[:1]:
+            raise ValueError(
+                f"{name} bias {tuple(bias_V.shape)} does not fit its head {tuple(weight_VH.shape)}; pass one number per row"
+            )
+    if isinstance(teacher, LMHead) and (student[0].shape[0], num_local) != (
+        teacher.hidden_TH.shape[0],
+        teacher.weight_VH.shape[0],
+    ):
         raise ValueError(
-            f"student hidden {tuple(hidden_TH.shape)} and head {head} do not fit teacher hidden "
+            f"student hidden {tuple(student[0].shape)} and head of {num_local} rows do not fit teacher hidden "
             f"{tuple(teacher.hidden_TH.shape)} and head {tuple(teacher.weight_VH.shape)}: both need the same tokens and the "
             "same vocabulary rows; split and pad the teacher's head as the student's"
-        )
-
-
-def _check_head(name: str, head: LMHead) -> None:
-    hidden_TH, weight_VH, bias_V = head.inputs
-    if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
-        raise ValueError(
-            f"{name} hidden states {tuple(hidden_TH.shape)} and head {tuple(weight_VH.shape)} are not [tokens, hidden] and "
-            "[local vocabulary, hidden]; flatten the tokens, and pass the weight of the output layer as it is"
-        )
-    if hidden_TH.dtype != weight_VH.dtype:
-        raise ValueError(
-            f"{name} hidden states are {hidden_TH.dtype} but its head is {weight_VH.dtype}; cast one of them, the product "
-            "is made in their common dtype"
-        )
-    if bias_V is not None and bias_V.shape != weight_VH.shape[:1]:
-        raise ValueError(
-            f"{name} bias {tuple(bias_V.shape)} does not fit its head {tuple(weight_VH.shape)}; pass one number per row"
         )

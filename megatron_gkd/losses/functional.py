@@ -7,6 +7,7 @@ Shapes: T = tokens, V = vocabulary entries held by this rank, K = known entries,
 teacher's may differ).
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypedDict, Unpack
 
@@ -90,8 +91,8 @@ def distill_loss(
             "overwrite_logits=True and token_weight_T go together: a gradient that is made in the forward needs the weights, "
             "and with weights it is made there; pass both or neither"
         )
-    loss = _loss(options, group=group, valid_vocab_size=valid_vocab_size)
-    return _solved(loss, Logits(student_TV), Logits(teacher_TV), labels_T, token_weight_T)
+    how = {"group": group, "valid_vocab_size": valid_vocab_size}
+    return _solve(Logits(student_TV), Logits(teacher_TV), labels_T, token_weight_T, options, **how)
 
 
 def top_k_distill_loss(
@@ -123,7 +124,7 @@ def top_k_distill_loss(
     Raises:
         ValueError: If shapes do not fit, or an option or the size is invalid.
     """
-    loss = _loss(options, group=group, valid_vocab_size=valid_vocab_size)
+    loss = _distill_loss(_settings(**options), group=group, valid_vocab_size=valid_vocab_size)
     return loss.per_token(Logits(student_TV), KnownEntries(ids_TK, log_probs_TK, weight_TK))
 
 
@@ -175,10 +176,10 @@ def linear_distill_loss(
         ValueError: If shapes or dtypes do not fit, or a parameter is out of range.
     """
     sizes = {"tokens_per_chunk": tokens_per_chunk, "valid_vocab_size": valid_vocab_size}
-    loss = _loss(options, sft_weight=sft_weight, group=group, **sizes)
     student = LMHead(student_TH, student_head_VH, student_bias_V)
     teacher = LMHead(teacher_TH.detach(), teacher_head_VH, teacher_bias_V, teacher_scale, teacher_soft_cap)
-    return _solved(loss, student, teacher, labels_T, token_weight_T)
+    how = {"sft_weight": sft_weight, "group": group, **sizes}
+    return _solve(student, teacher, labels_T, token_weight_T, options, **how)
 
 
 def linear_top_k_distill_loss(
@@ -217,9 +218,9 @@ def linear_top_k_distill_loss(
         ValueError: If shapes or dtypes do not fit, or a parameter is out of range.
     """
     sizes = {"tokens_per_chunk": tokens_per_chunk, "valid_vocab_size": valid_vocab_size}
-    loss = _loss(options, group=group, **sizes)
     student = LMHead(student_TH, student_head_VH, student_bias_V)
-    return _solved(loss, student, KnownEntries(ids_TK, log_probs_TK, weight_TK), None, token_weight_T)
+    teacher = KnownEntries(ids_TK, log_probs_TK, weight_TK)
+    return _solve(student, teacher, None, token_weight_T, options, group=group, **sizes)
 
 
 def linear_cross_entropy(
@@ -252,12 +253,8 @@ def linear_cross_entropy(
         ValueError: If shapes or dtypes do not fit, or a parameter is out of range.
     """
     sizes = {"tokens_per_chunk": tokens_per_chunk, "valid_vocab_size": valid_vocab_size}
-    loss = DistillLoss(LossSettings(), group=group, **sizes)
-    return _solved(loss, LMHead(student_TH, student_head_VH, student_bias_V), None, labels_T, token_weight_T)
-
-
-def _loss(options: LossOptions, **how: Any) -> DistillLoss:
-    return DistillLoss(_settings(**options), **how)
+    student = LMHead(student_TH, student_head_VH, student_bias_V)
+    return _solve(student, None, labels_T, token_weight_T, {}, group=group, **sizes)
 
 
 @lru_cache
@@ -274,9 +271,19 @@ def _settings(**options: Any) -> LossSettings:
         raise ValueError("loss: " + "; ".join(problems)) from None
 
 
-def _solved(
-    loss: DistillLoss, student: Source, teacher: Any, labels_T: Tensor | None, token_weight_T: Tensor | None
+# typed as a plain function, for pyright does not see that frozen settings have a hash; few, for each keeps its group alive
+_distill_loss: Callable[..., DistillLoss] = lru_cache(maxsize=16)(DistillLoss)
+
+
+def _solve(
+    student: Source,
+    teacher: Any,
+    labels_T: Tensor | None,
+    token_weight_T: Tensor | None,
+    options: LossOptions,
+    **how: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    loss = _distill_loss(_settings(**options), **how)
     if token_weight_T is None:
         return loss.per_token(student, teacher, labels_T)
     result = loss.weighted(student, teacher, labels_T, token_weight_T=token_weight_T)

@@ -45,16 +45,6 @@ class LMHead(NamedTuple):
     scale: float = 1.0
     soft_cap: float | None = None
 
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tensors that may need a gradient."""
-        return self.hidden_TH, self.weight_VH, self.bias_V
-
-    @property
-    def num_local_columns(self) -> int:
-        """V."""
-        return self.weight_VH.shape[0]
-
     def chunks(self, num_columns: int, tokens_per_chunk: int, num_alive: int = 1) -> Iterator[Tensor]:
         """The leading columns of each chunk's logits; ``num_alive`` chunks live until a further one is asked for."""
         dtype = accumulation_dtype(self.hidden_TH.dtype)
@@ -64,11 +54,8 @@ class LMHead(NamedTuple):
         for rows, buffer_CV in zip(slices, cycle(buffers), strict=False):
             logits_CV = buffer_CV[: rows.stop - rows.start]
             matmul_into(logits_CV, self.hidden_TH[rows], self.weight_VH[:num_columns].t())
-            yield self._finished_(logits_CV)
-
-    def gradients(self, num_columns: int, needs_input_grad: tuple[bool, ...]) -> "_HeadGradients":
-        """Where gradients of ``inputs`` are collected."""
-        return _HeadGradients(self, num_columns, needs_input_grad)
+            is_product = self.bias_V is None and self.scale == 1.0 and self.soft_cap is None
+            yield logits_CV if is_product else self._finished_(logits_CV)
 
     def _finished_(self, logits_CV: Tensor) -> Tensor:
         if self.bias_V is not None:
@@ -81,30 +68,19 @@ class LMHead(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """Given logits [T, V]. All tokens are one chunk: every collective carries all of them."""
+    """Given logits [T, V], without a head. All tokens are one chunk: every collective carries all of them."""
 
     logits_TV: Tensor
-
-    @property
-    def inputs(self) -> tuple[Tensor, None, None]:
-        """Tensors that may need a gradient."""
-        return self.logits_TV, None, None
-
-    @property
-    def num_local_columns(self) -> int:
-        """V."""
-        return self.logits_TV.shape[1]
+    weight_VH: None = None
+    bias_V: None = None
 
     def chunks(self, num_columns: int, tokens_per_chunk: int, num_alive: int = 1) -> Iterator[Tensor]:
         """The leading columns as one chunk."""
         yield self.logits_TV.detach()[:, :num_columns]
 
-    def gradients(self, num_columns: int, needs_input_grad: tuple[bool, ...]) -> "_LogitGradients":
-        """Where the gradient of the logits is collected."""
-        return _LogitGradients(self.logits_TV, num_columns)
-
 
 Source = LMHead | Logits
+"""The first three fields of both are the tensors that may need a gradient."""
 
 
 class WeightedLoss(NamedTuple):
@@ -129,12 +105,14 @@ class ChunkedLoss(NamedTuple):
         target: A tensor with a row for each token, a teacher's ``LMHead``, ``None``, or a tuple of such.
         num_columns: Leading rows of the head that are real vocabulary entries.
         tokens_per_chunk: Tokens whose logits exist at one time.
+        name: Metric that the loss itself is, or ``None``.
     """
 
     loss: TokenLoss
     target: Any
     num_columns: int
     tokens_per_chunk: int
+    name: str | None = None
 
     def weighted(
         self, student: Source, weight_T: Tensor | None, add_head_gradient: HeadGradient | None = None
@@ -148,24 +126,23 @@ class ChunkedLoss(NamedTuple):
             weight_T: [T] weight of each token; ``None``: 1.
             add_head_gradient: Called in the backward pass in place of handing the head's gradient to autograd.
         """
-        inputs = student.inputs
+        inputs = student[:3]
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-            total, loss_T, *metrics = _WeightedSum.apply(
-                *inputs, isinstance(student, Logits), self, weight_T, add_head_gradient
-            )
+            total, loss_T, *metrics = _WeightedSum.apply(*inputs, self, weight_T, add_head_gradient)
         else:
             loss_T, saved = self._measure(student)
-            total = _weighted_sum(loss_T, weight_T, _ignored(weight_T))
+            total = _weighted_sum(loss_T, weight_T, None if weight_T is None else _ignored(weight_T))
             metrics = self.loss.metrics(saved)
-        return WeightedLoss(total, loss_T, dict(zip(self.loss.metric_names, metrics, strict=True)))
+        named = dict(zip(self.loss.metric_names, metrics, strict=True))
+        return WeightedLoss(total, loss_T, named if self.name is None else {self.name: loss_T, **named})
 
     def per_token(self, student: Source) -> Tensor:
         """[T] loss, right for any upstream gradient; given logits are not modified."""
-        return _PerToken.apply(*student.inputs, isinstance(student, Logits), self)
+        return _PerToken.apply(*student[:3], self)
 
     def _chunks(self, student: Source, num_alive: int = 1) -> Iterator[tuple[slice, Tensor, Any]]:
         """(rows, student logits [C, V], target of those rows); chunks of a head may be overwritten."""
-        num_tokens = student.inputs[0].shape[0]
+        num_tokens = student[0].shape[0]
         tokens_per_chunk = max(num_tokens, 1) if isinstance(student, Logits) else self.tokens_per_chunk
         slices = list(row_slices(num_tokens, tokens_per_chunk)) or [slice(0, 0)]
         logits = student.chunks(self.num_columns, tokens_per_chunk, num_alive)
@@ -212,8 +189,8 @@ class ChunkedLoss(NamedTuple):
 
     def _without_tokens(self, student: Source) -> tuple[Tensor, Any]:
         """(loss_T, saved) of a batch without tokens, which makes no collective, on any rank."""
-        dtype = accumulation_dtype(student.inputs[0].dtype)
-        logits_CV = student.inputs[0].new_empty(0, self.num_columns, dtype=dtype)
+        dtype = accumulation_dtype(student[0].dtype)
+        logits_CV = student[0].new_empty(0, self.num_columns, dtype=dtype)
         return self.loss.measure(logits_CV, _without_rows(self.target, logits_CV))
 
 
@@ -243,8 +220,8 @@ class _Gradients(ABC):
 class _LogitGradients(_Gradients):
     """The gradient of given logits, in the storage it was written to."""
 
-    def __init__(self, logits_TV: Tensor, num_columns: int):
-        self._logits_TV, self._num_columns = logits_TV, num_columns
+    def __init__(self, student: Logits, num_columns: int, needs_input_grad: tuple[bool, ...]):
+        self._logits_TV, self._num_columns = student.logits_TV, num_columns
         self.tensors = None, None, None
 
     def place(self, rows: slice, logits_CV: Tensor) -> Tensor:
@@ -271,8 +248,10 @@ class _HeadGradients(_Gradients):
         needs_hidden, needs_weight, needs_bias = needs_input_grad[:3]
         dtype = accumulation_dtype(student.hidden_TH.dtype)
         of_hidden_TH = torch.empty_like(student.hidden_TH, dtype=dtype) if needs_hidden else None
-        of_weight_VH = _zero_sums(student.weight_VH) if needs_weight else None
-        of_bias_V = _zero_sums(student.bias_V) if needs_bias and student.bias_V is not None else None
+        of_weight_VH = torch.zeros_like(student.weight_VH, dtype=dtype) if needs_weight else None
+        of_bias_V = None
+        if needs_bias and student.bias_V is not None:
+            of_bias_V = torch.zeros_like(student.bias_V, dtype=dtype)
         self.tensors = of_hidden_TH, of_weight_VH, of_bias_V
 
     def place(self, rows: slice, logits_CV: Tensor) -> Tensor:
@@ -293,6 +272,9 @@ class _HeadGradients(_Gradients):
             matmul_into(of_weight_VH[: self._num_columns], factor_CV.t(), hidden_CH, add=True)
 
 
+_KINDS: dict[type, Callable[..., _Gradients]] = {LMHead: _HeadGradients, Logits: _LogitGradients}
+
+
 class _WeightedSum(torch.autograd.Function):
     """sum_t weight_t loss_t, whose gradients are made in the forward."""
 
@@ -302,17 +284,16 @@ class _WeightedSum(torch.autograd.Function):
         first: Tensor,
         weight_VH: Tensor | None,
         bias_V: Tensor | None,
-        is_logits: bool,
         chunked: ChunkedLoss,
         weight_T: Tensor | None,
         add_head_gradient: HeadGradient | None,
     ) -> tuple[Tensor, ...]:
         """Each chunk's logits become their own gradient; those of a head become the inputs' by two products."""
-        student = _source(first, weight_VH, bias_V, is_logits)
-        gradients = student.gradients(chunked.num_columns, ctx.needs_input_grad)
+        student = Logits(first) if weight_VH is None else LMHead(first, weight_VH, bias_V)
+        gradients = _KINDS[type(student)](student, chunked.num_columns, ctx.needs_input_grad)
         dtype = accumulation_dtype(first.dtype)
         upstream_T = first.new_ones(first.shape[0], dtype=dtype) if weight_T is None else weight_T
-        is_ignored_T = _ignored(weight_T)
+        is_ignored_T = None if weight_T is None else _ignored(weight_T)
         loss_T, *metrics = (torch.empty_like(upstream_T) for _ in ("loss", *chunked.loss.metric_names))
         for chunk in chunked._differentiated_chunks(student, upstream_T):
             is_ignored_C = None if is_ignored_T is None else is_ignored_T[chunk.rows]
@@ -322,8 +303,9 @@ class _WeightedSum(torch.autograd.Function):
                 metric_T[chunk.rows] = metric_C
         ctx.save_for_backward(*gradients.tensors)
         ctx.mark_non_differentiable(loss_T, *metrics)
+        ctx.is_logits = weight_VH is None
         ctx.dtypes = [None if x is None else x.dtype for x in (first, weight_VH, bias_V)]
-        ctx.is_logits, ctx.add_head_gradient = is_logits, add_head_gradient
+        ctx.add_head_gradient = add_head_gradient
         return _weighted_sum(loss_T, weight_T, is_ignored_T), loss_T, *metrics
 
     @staticmethod
@@ -334,7 +316,7 @@ class _WeightedSum(torch.autograd.Function):
         if ctx.is_logits:
             if first.device.type != "cpu" or upstream != 1:
                 first.mul_(upstream)
-            return first, *[None] * 6
+            return first, *[None] * 5
         if weight_VH is not None and ctx.add_head_gradient is not None:
             of_weight_VH = ctx.add_head_gradient(weight_VH, upstream.to(weight_VH.dtype))
         else:
@@ -344,7 +326,7 @@ class _WeightedSum(torch.autograd.Function):
             of_weight_VH,
             _scaled(bias_V, upstream, ctx.dtypes[2]),
         )
-        return *grads, *[None] * 4
+        return *grads, *[None] * 3
 
 
 class _PerToken(torch.autograd.Function):
@@ -352,17 +334,13 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        first: Tensor,
-        weight_VH: Tensor | None,
-        bias_V: Tensor | None,
-        is_logits: bool,
-        chunked: ChunkedLoss,
+        ctx, first: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None, chunked: ChunkedLoss
     ) -> Tensor:
         """Keeps some numbers per token."""
-        loss_T, ctx.saved = chunked._measure(_source(first, weight_VH, bias_V, is_logits))
+        student = Logits(first) if weight_VH is None else LMHead(first, weight_VH, bias_V)
+        loss_T, ctx.saved = chunked._measure(student)
         ctx.save_for_backward(first, weight_VH, bias_V)
-        ctx.is_logits, ctx.chunked = is_logits, chunked
+        ctx.chunked = chunked
         return loss_T
 
     @staticmethod
@@ -371,8 +349,8 @@ class _PerToken(torch.autograd.Function):
         """No collective: the saved numbers are those of the whole vocabulary."""
         inputs, chunked = ctx.saved_tensors, ctx.chunked
         first, weight_VH, bias_V = inputs
-        student = _source(first, weight_VH, bias_V, ctx.is_logits)
-        gradients = student.gradients(chunked.num_columns, ctx.needs_input_grad)
+        student = Logits(first) if weight_VH is None else LMHead(first, weight_VH, bias_V)
+        gradients = _KINDS[type(student)](student, chunked.num_columns, ctx.needs_input_grad)
         is_ignored_T = _ignored(upstream_T)
         for rows, logits_CV, target in chunked._chunks(student):
             grad_CV = gradients.place(rows, logits_CV)
@@ -380,20 +358,11 @@ class _PerToken(torch.autograd.Function):
             chunked.loss.write_gradient(logits_CV, target, saved, upstream_T[rows], grad_CV)
             gradients.add(rows, grad_CV, None if is_ignored_T is None else is_ignored_T[rows])
         grads = zip(gradients.tensors, inputs, strict=True)
-        return *(None if grad is None else grad.to(x.dtype) for grad, x in grads), None, None
+        return *(None if grad is None else grad.to(x.dtype) for grad, x in grads), None
 
 
-def _source(first: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None, is_logits: bool) -> Source:
-    if is_logits:
-        return Logits(first)
-    assert weight_VH is not None
-    return LMHead(first, weight_VH, bias_V)
-
-
-def _ignored(weight_T: Tensor | None) -> Tensor | None:
+def _ignored(weight_T: Tensor) -> Tensor | None:
     """[T] which tokens have weight 0; ``None`` where a CPU sees that none has. A GPU is not waited for."""
-    if weight_T is None:
-        return None
     is_ignored_T = weight_T == 0
     return None if weight_T.device.type == "cpu" and not is_ignored_T.any() else is_ignored_T
 
@@ -411,10 +380,6 @@ def _without_rows(target: Any, logits_CV: Tensor) -> Any:
     if isinstance(target, tuple):
         return rebuilt(target, [_without_rows(part, logits_CV) for part in target])
     return target if target is None else target[:0]
-
-
-def _zero_sums(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
 
 
 def _scaled(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype | None) -> Tensor | None:

@@ -12,8 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from megatron_gkd.losses.dense import merged_normalizers
-from megatron_gkd.losses.divergences import TVD
-from megatron_gkd.losses.kernels.eager import first, log_softmax_pair
+from megatron_gkd.losses.kernels.eager import log_softmax_pair, normalizers
 from megatron_gkd.losses.sparse import BucketLoss, PartialSumLoss, SparseTarget, bucket_round, log_prob_round
 from megatron_gkd.losses.token_loss import TokenLoss
 from megatron_gkd.losses.vocab_parallel import Rounds, Temperatures, accumulation_dtype, exp_
@@ -147,7 +146,7 @@ class HeadAndDraws:
     ) -> Generator[Tensor, Tensor, Chosen]:
         """Fulfils ``Chooser``."""
         teacher_TV = target.teacher_TV
-        norms_T4 = first(student_TV, teacher_TV, TVD(), self.temperatures)[:, :4]
+        norms_T4 = normalizers(student_TV, teacher_TV, None, self.temperatures)[:, :4]
         uniform_TN = torch.rand(len(norms_T4), self.num_draws, dtype=norms_T4.dtype, device=norms_T4.device)
         packed_RTC = yield torch.cat([_candidates(teacher_TV, self.k), norms_T4, uniform_TN], -1)
         head, norms_RT4, uniform_RTN = packed_RTC.split([2 * self.k, 4, self.num_draws], -1)

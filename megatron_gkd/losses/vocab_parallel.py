@@ -251,8 +251,15 @@ class InFlight:
 
 
 def run_rounds(rounds: Rounds, group: Group) -> tuple[Tensor, Any]:
-    """Run the rounds to their end, one collective after the other."""
-    return InFlight(rounds, group).finish()
+    """Run the rounds to their end, one collective after the other; without a group there is none."""
+    if group is not None:
+        return InFlight(rounds, group).finish()
+    local_TK = next(rounds)
+    while True:
+        try:
+            local_TK = rounds.send(local_TK.unsqueeze(0))
+        except StopIteration as done:
+            return done.value
 
 
 def side_by_side(runs: Sequence[Rounds]) -> Generator[Tensor, Tensor, list[tuple[Tensor, Any]]]:

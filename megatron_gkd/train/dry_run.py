@@ -53,6 +53,7 @@ def dry_run(config: GkdConfig, platform: Platform) -> str:
         student = setup.build_student(config, job)
         config = with_backend_of(config, student, job.device)
         teacher = setup.build_teacher(config, job, tokenizer, student)
+        loss = setup.build_loss(config, student, teacher)
         sharding = setup.build_sharding(config, student.groups, tokenizer.pad_id)
         seconds = []
         for iteration in range(NUM_ITERATIONS):
@@ -64,7 +65,7 @@ def dry_run(config: GkdConfig, platform: Platform) -> str:
             with timers("student"):
                 student.schedule.set_iteration(iteration)
                 scored = attach_signals(batch, micro_batches, signals)
-                train_step(student, teacher.head_VH, scored, config.loss)
+                train_step(student, loss, scored)
             slowest = reduce_values(
                 [timers.seconds[stage] for stage in STAGES], ["max"] * len(STAGES), device=job.device
             )

@@ -10,6 +10,7 @@ from megatron_gkd.data.sample import Batch, Prompt, Sample, Sharding
 from megatron_gkd.observability.metrics import Metrics
 from megatron_gkd.rollout.mixing import sample_from_data
 from megatron_gkd.teacher.base import TeacherEngine
+from megatron_gkd.train.loss import RunLoss
 from megatron_gkd.train.step import Student, attach_signals, evaluate_step
 
 _SEED = 0
@@ -41,12 +42,13 @@ class Evaluation:
         is_last = iteration == self._config.train.train_iters
         return is_last or any(interval > 0 and iteration % interval == 0 for interval in intervals)
 
-    def measure(self, student: Student, teacher: TeacherEngine, metrics: Metrics) -> None:
+    def measure(self, student: Student, teacher: TeacherEngine, loss: RunLoss, metrics: Metrics) -> None:
         """Add ``validation/loss``, the mean over the tokens of all rows, and their number. Collective.
 
         Args:
             student: Its weights, mode and gradients stay unchanged.
             teacher: Scores the batches.
+            loss: The loss of the run.
             metrics: Receives the numbers.
         """
         total = 0.0
@@ -54,7 +56,7 @@ class Evaluation:
             for batch in self._batches:
                 micro_batches = self._sharding.micro_batches(batch)
                 scored = attach_signals(batch, micro_batches, teacher.score(batch, micro_batches))
-                total += evaluate_step(student, teacher.head_VH, scored, self._config.loss)
+                total += evaluate_step(student, loss, scored)
         metrics.add("validation/loss", total / self._num_tokens, unit="nats/token", reduce="sum")
         metrics.add("validation/tokens", self._num_tokens, unit="tokens", reduce="rank0")
 

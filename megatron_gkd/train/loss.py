@@ -74,45 +74,55 @@ def certify_run(config: GkdConfig, groups: ModelGroups, device: torch.device) ->
         )
 
 
-def compute_loss(
-    student: LMHead,
-    signal: Signal | None,
-    teacher_head_VH: Tensor | None,
-    labels_T: Tensor,
-    config: LossConfig,
-    *,
-    group: Group,
-    valid_vocab_size: int,
-    add_head_gradient: HeadGradient | None = None,
-) -> WeightedLoss:
-    """The loss of every row and their sum with its gradients.
+class RunLoss:
+    """The loss of a run, from the teacher's signals; built once and called for every micro-batch.
 
     Args:
-        student: Rows and LM head of the student; a batch without rows goes the same way, so that collectives match on
-            all ranks.
-        signal: The teacher's signal for the rows; ``None`` without a teacher.
-        teacher_head_VH: This rank's shard of the teacher's LM head, for a ``HiddenSignal``.
-        labels_T: [T] the next token of each row.
         config: The loss section.
         group: The student's tensor-parallel group.
         valid_vocab_size: Real entries of the vocabulary.
-        add_head_gradient: Takes the gradient of the LM head in the backward pass, instead of autograd.
+        teacher_head_VH: This rank's shard of the teacher's LM head, for a ``HiddenSignal``; ``None`` otherwise.
     """
-    loss = DistillLoss(
-        config,
-        sft_weight=config.sft_weight,
-        tokens_per_chunk=config.tokens_per_chunk,
-        group=group,
-        valid_vocab_size=valid_vocab_size,
-    )
-    teacher = None if signal is None else teacher_of(signal, teacher_head_VH, labels_T, config)
-    return loss.weighted(student, teacher, labels_T, add_head_gradient=add_head_gradient)
+
+    def __init__(
+        self, config: LossConfig, group: Group, valid_vocab_size: int, teacher_head_VH: Tensor | None
+    ):
+        self._config, self._teacher_head_VH = config, teacher_head_VH
+        self._distill = DistillLoss(
+            config,
+            sft_weight=config.sft_weight,
+            tokens_per_chunk=config.tokens_per_chunk,
+            group=group,
+            valid_vocab_size=valid_vocab_size,
+        )
+
+    def __call__(
+        self,
+        student: LMHead,
+        signal: Signal | None,
+        labels_T: Tensor,
+        *,
+        add_head_gradient: HeadGradient | None = None,
+    ) -> WeightedLoss:
+        """The loss of every row and their sum with its gradients.
+
+        Args:
+            student: Rows and LM head of the student; a batch without rows takes the same path, so that collectives match
+                on all ranks.
+            signal: The teacher's signal for the rows; ``None`` without a teacher.
+            labels_T: [T] the next token of each row.
+            add_head_gradient: Takes the gradient of the LM head in the backward pass, instead of autograd.
+        """
+        teacher = None
+        if signal is not None:
+            teacher = teacher_of(signal, self._teacher_head_VH, labels_T, self._config)
+        return self._distill.weighted(student, teacher, labels_T, add_head_gradient=add_head_gradient)
 
 
 def teacher_of(
     signal: Signal, teacher_head_VH: Tensor | None, labels_T: Tensor, config: LossConfig
 ) -> LMHead | KnownEntries:
-    """What a signal makes the student's logits be compared with.
+    """The teacher of ``DistillLoss`` that a signal stands for.
 
     Raises:
         ValueError: If the support needs other entries than those that were sent.

@@ -47,7 +47,7 @@ from megatron_gkd.teacher.base import TeacherContext, TeacherEngine
 from megatron_gkd.train.backend import require_loss_backend, with_backend_of
 from megatron_gkd.train.evaluation import Evaluation
 from megatron_gkd.train.lifecycle import Checkpoints
-from megatron_gkd.train.loss import certify_run
+from megatron_gkd.train.loss import RunLoss, certify_run
 from megatron_gkd.train.recorder import Recorder
 from megatron_gkd.train.step import Student
 from megatron_gkd.train.trainer import Trainer
@@ -98,6 +98,7 @@ def build_trainer(config: GkdConfig, platform: Platform, cleanup: ExitStack) -> 
         rollout=rollout,
         teacher=teacher,
         student=student,
+        loss=build_loss(config, student, teacher),
         sharding=sharding,
         evaluation=Evaluation(held_out, config, sharding) if held_out else None,
         checkpoints=checkpoints,
@@ -234,6 +235,11 @@ def build_teacher(config: GkdConfig, job: Job, tokenizer: Tokenizer, student: Sh
     """The teacher of the configured kind. Collective."""
     context = TeacherContext(config, job, tokenizer)
     return TEACHERS[type(config.teacher)].build(config.teacher, context, student)
+
+
+def build_loss(config: GkdConfig, student: ShardedModel, teacher: TeacherEngine) -> RunLoss:
+    """The loss of the run, for the student's layout and the teacher's LM head."""
+    return RunLoss(config.loss, student.groups.pg.tp, student.shapes.vocab_size, teacher.head_VH)
 
 
 def build_sharding(config: GkdConfig, groups: ModelGroups, pad_id: int) -> Sharding:

@@ -16,7 +16,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megatron_gkd.config.loss import LossConfig
 from megatron_gkd.data.sample import Batch, MicroBatch
 from megatron_gkd.losses.fused_linear import LMHead
 from megatron_gkd.losses.token_loss import METRIC_UNITS
@@ -31,7 +30,7 @@ from megatron_gkd.optim.optimizer import (
 from megatron_gkd.parallel.collectives import any_rank, reduce_values
 from megatron_gkd.reshard.layout import WeightLayout
 from megatron_gkd.teacher.base import Signal
-from megatron_gkd.train.loss import compute_loss
+from megatron_gkd.train.loss import RunLoss
 
 log = logging.getLogger(__name__)
 
@@ -110,17 +109,15 @@ def attach_signals(
     return scored
 
 
-def train_step(
-    student: Student, teacher_head_VH: Tensor | None, scored: Sequence[ScoredMicroBatch], config: LossConfig
-) -> StepResult:
+def train_step(student: Student, loss: RunLoss, scored: Sequence[ScoredMicroBatch]) -> StepResult:
     """Forward, backward and update; collective over all ranks.
 
     The gradient is that of the loss summed over all loss tokens of the global batch, divided by their number.
     """
     # Megatron adds to the buffers of the previous iteration otherwise
     zero_gradients(student.ddp, student.optimizer)
-    loss = partial(_distill, student=student, teacher_head_VH=teacher_head_VH, config=config)
-    reports = train_schedule(student.ddp, student.model.config, student.groups, scored, loss)
+    distill = partial(_distill, student=student, loss=loss)
+    reports = train_schedule(student.ddp, student.model.config, student.groups, scored, distill)
     on_policy, off_policy = _own_sums(reports, student, "loss_sums", 2)
     device = next(student.model.parameters()).device
     metrics = _mean_metrics(reports, student, device)
@@ -135,12 +132,10 @@ def train_step(
     return StepResult(on_policy, off_policy, float(grad_norm or 0.0), is_skipped=False, metrics=metrics)
 
 
-def evaluate_step(
-    student: Student, teacher_head_VH: Tensor | None, scored: Sequence[ScoredMicroBatch], config: LossConfig
-) -> float:
+def evaluate_step(student: Student, loss: RunLoss, scored: Sequence[ScoredMicroBatch]) -> float:
     """This rank's part of a batch's loss, in nats summed over tokens, without gradient. Collective over all ranks."""
-    loss = partial(_distill, student=student, teacher_head_VH=teacher_head_VH, config=config)
-    reports = evaluate_schedule(student.model, student.model.config, student.groups, scored, loss)
+    distill = partial(_distill, student=student, loss=loss)
+    reports = evaluate_schedule(student.model, student.model.config, student.groups, scored, distill)
     return sum(_own_sums(reports, student, "loss_sums", 2))
 
 
@@ -159,8 +154,7 @@ def _distill(
     hidden_BSH: Tensor,
     *,
     student: Student,
-    teacher_head_VH: Tensor | None,
-    config: LossConfig,
+    loss: RunLoss,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     mask_BS = micro_batch.loss_mask_BS.to(hidden_BSH.device)
     rows_TH = select_rows(
@@ -173,16 +167,8 @@ def _distill(
     labels_T = micro_batch.tokens_BS.to(hidden_BSH.device).roll(-1, dims=1)[mask_BS]
     # a micro-batch without rows takes the same path, so that collectives match on all ranks
     head_VH = head_weight(student.model)
-    result = compute_loss(
-        LMHead(rows_TH, head_VH),
-        micro_batch.signal,
-        teacher_head_VH,
-        labels_T,
-        config,
-        group=student.groups.pg.tp,
-        valid_vocab_size=student.shapes.vocab_size,
-        add_head_gradient=main_grad_adder(head_VH),
-    )
+    head = LMHead(rows_TH, head_VH)
+    result = loss(head, micro_batch.signal, labels_T, add_head_gradient=main_grad_adder(head_VH))
     loss_T = result.loss_T
     is_on_policy_T = micro_batch.is_on_policy_T.to(loss_T.device)
     # tensors, read once after the schedule: .item() here would wait for the device in every micro-batch

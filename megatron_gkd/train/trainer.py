@@ -19,6 +19,7 @@ from megatron_gkd.serving.errors import EngineError
 from megatron_gkd.teacher.base import TeacherEngine
 from megatron_gkd.train.evaluation import Evaluation
 from megatron_gkd.train.lifecycle import Checkpoints, StopRequest, TrainState
+from megatron_gkd.train.loss import RunLoss
 from megatron_gkd.train.recorder import Recorder
 from megatron_gkd.train.step import Student, attach_signals, train_step
 
@@ -38,6 +39,7 @@ class Trainer:
     rollout: RolloutEngine
     teacher: TeacherEngine
     student: Student
+    loss: RunLoss
     sharding: Sharding
     evaluation: Evaluation | None
     checkpoints: Checkpoints
@@ -91,7 +93,7 @@ class Trainer:
             with record.timer("student"):
                 lr = student.schedule.set_iteration(state.iteration)
                 scored = attach_signals(batch, micro_batches, signals)
-                result = train_step(student, teacher.head_VH, scored, self.config.loss)
+                result = train_step(student, self.loss, scored)
             # behind the update and in front of the push: the new weights are version ``state.iteration``
             state.advance(
                 batch,
@@ -100,7 +102,7 @@ class Trainer:
             )
             if self.evaluation is not None and self.evaluation.is_due(state.iteration):
                 with record.timer("validation"):
-                    self.evaluation.measure(student, teacher, record.metrics)
+                    self.evaluation.measure(student, teacher, self.loss, record.metrics)
             record.add_update(state, batch, result, lr)
             with record.timer("push"):
                 sequences = [sample.prompt_ids + sample.completion_ids for sample in batch.samples]

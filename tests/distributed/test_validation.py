@@ -139,11 +139,12 @@ def _measure(config, parts) -> dict[str, float]:
     from megatron_gkd.observability.metrics import Metrics
     from megatron_gkd.parallel.collectives import reduce_values
     from megatron_gkd.train.evaluation import Evaluation
-    from megatron_gkd.train.setup import build_sharding
+    from megatron_gkd.train.setup import build_loss, build_sharding
 
     metrics = Metrics()
     sharding = build_sharding(config, parts.student.groups, PAD_ID)
-    Evaluation(_prompts(), config, sharding).measure(parts.student, parts.teacher, metrics)
+    loss = build_loss(config, parts.student, parts.teacher)
+    Evaluation(_prompts(), config, sharding).measure(parts.student, parts.teacher, loss, metrics)
     loss, tokens = metrics.take()
     assert (loss.name, loss.unit, loss.reduce) == ("validation/loss", "nats/token", "sum")
     assert tokens.name == "validation/tokens"

@@ -123,6 +123,7 @@ def update(
     import torch
 
     from megatron_gkd.parallel.collectives import reduce_values
+    from megatron_gkd.train.loss import RunLoss
     from megatron_gkd.train.step import attach_signals, train_step
 
     student, teacher, head_VH = parts
@@ -135,7 +136,8 @@ def update(
     )
     student.schedule.set_iteration(iteration)
     signals = teacher.score(batch, micro_batches)
-    result = train_step(student, head_VH, attach_signals(batch, micro_batches, signals), config.loss)
+    loss = RunLoss(config.loss, student.groups.pg.tp, student.shapes.vocab_size, head_VH)
+    result = train_step(student, loss, attach_signals(batch, micro_batches, signals))
     own = result.on_policy_loss_sum + result.off_policy_loss_sum
     total = reduce_values([own], ["sum"], device=torch.device("cpu"))[0]
     return result, total / batch.num_loss_tokens

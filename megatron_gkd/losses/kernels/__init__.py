@@ -4,7 +4,7 @@ from megatron_gkd.losses.divergences import Divergence
 from megatron_gkd.losses.kernels.compiled import CompiledKernels
 from megatron_gkd.losses.kernels.eager import EagerKernels
 from megatron_gkd.losses.kernels.interface import DenseKernels
-from megatron_gkd.losses.kernels.triton import TritonKernels, is_triton_installed
+from megatron_gkd.losses.kernels.triton import TritonKernels, can_use_triton
 from megatron_gkd.losses.vocab_parallel import Temperatures
 from megatron_gkd.platform.compiler import can_compile
 
@@ -31,7 +31,7 @@ def make_kernels(
     eager = EagerKernels(divergence, temperatures, rows_per_pass)
     if backend == "compiled" and can_compile():
         return CompiledKernels(divergence, temperatures, rows_per_pass, eager=eager)
-    if backend == "triton" or (backend == "auto" and is_triton_installed()):
+    if backend == "triton" or (backend == "auto" and can_use_triton()):
         is_required = backend == "triton"
         return TritonKernels(divergence, temperatures, rows_per_pass, eager=eager, is_required=is_required)
     return eager

@@ -38,7 +38,8 @@ class CompiledKernels(DenseKernels):
         if not _can_fuse(student_TV, teacher_TV):
             return self.eager.first(student_TV, teacher_TV)
         packed_TK = numbers_per_row(student_TV, self.num_first)
-        self._run(_first, (self.divergence, self.temperatures), student_TV, teacher_TV, packed_TK)
+        how = (eager.first_pass(self.divergence), self.divergence, self.temperatures)
+        self._run(_first, how, student_TV, teacher_TV, packed_TK)
         return packed_TK
 
     @override
@@ -70,7 +71,8 @@ class CompiledKernels(DenseKernels):
         # gradient in their storage and one elsewhere
         source_TV = None if out_TV.data_ptr() == student_TV.data_ptr() else student_TV
         numbers = stats_TK.contiguous(), upstream_T.contiguous()
-        how = (is_overwritten, self.divergence, self.temperatures)
+        function = eager.gradient_pass(self.divergence, is_overwritten=is_overwritten)
+        how = (function, self.divergence, self.temperatures)
         self._run(_gradient, how, out_TV, teacher_TV, *numbers, source_TV=source_TV)
 
     def _run(
@@ -121,8 +123,10 @@ def _compiled(function: Callable[..., None], *how: Any) -> Callable[..., None]:
     return torch.compile(own, dynamic=True, fullgraph=True, options={"compile_threads": 1})
 
 
-def _first(student_TV: Tensor, teacher_TV: Tensor, out_TK: Tensor, divergence, temperatures) -> None:
-    out_TK.copy_(eager.first(student_TV, teacher_TV, divergence, temperatures))
+def _first(
+    student_TV: Tensor, teacher_TV: Tensor, out_TK: Tensor, function, divergence, temperatures
+) -> None:
+    out_TK.copy_(function(student_TV, teacher_TV, divergence, temperatures))
 
 
 def _second(
@@ -146,13 +150,10 @@ def _gradient(
     teacher_TV: Tensor,
     stats_TK: Tensor,
     upstream_T: Tensor,
-    is_overwritten,
+    function,
     divergence,
     temperatures,
 ) -> None:
-    if is_overwritten:
-        eager.assembled_(student_TV, teacher_TV, stats_TK, upstream_T, temperatures)
-    else:
-        student_TV.copy_(
-            eager.gradient(student_TV, teacher_TV, stats_TK, upstream_T, divergence, temperatures)
-        )
+    grad_TV = function(student_TV, teacher_TV, stats_TK, upstream_T, divergence, temperatures)
+    if function is not eager.assembled_:  # which works in the storage of its first argument
+        student_TV.copy_(grad_TV)

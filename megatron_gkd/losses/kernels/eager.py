@@ -5,7 +5,9 @@ The functions of one piece are also what the compiled back end fuses.
 Shapes: T = tokens, V = real vocabulary entries held by this rank, K = numbers per token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ class EagerKernels(DenseKernels):
     @override
     def first(self, student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
         packed_TK = numbers_per_row(student_TV, self.num_first)
+        first = first_pass(self.divergence)
         for rows in row_pieces(student_TV, self.rows_per_pass):
             packed_TK[rows] = first(student_TV[rows], teacher_TV[rows], self.divergence, self.temperatures)
         return packed_TK
@@ -65,20 +68,18 @@ class EagerKernels(DenseKernels):
         *,
         is_overwritten: bool = False,
     ) -> None:
+        gradient = gradient_pass(self.divergence, is_overwritten=is_overwritten)
         for rows in row_pieces(student_TV, self.rows_per_pass):
-            x_TV, y_TV, numbers = student_TV[rows], teacher_TV[rows], (stats_TK[rows], upstream_T[rows])
-            if is_overwritten:
-                out_TV[rows] = assembled_(x_TV, y_TV, *numbers, self.temperatures)
-            else:
-                out_TV[rows] = gradient(x_TV, y_TV, *numbers, self.divergence, self.temperatures)
+            numbers = stats_TK[rows], upstream_T[rows]
+            out_TV[rows] = gradient(
+                student_TV[rows], teacher_TV[rows], *numbers, self.divergence, self.temperatures
+            )
 
 
-def first(
-    student_TV: Tensor, teacher_TV: Tensor, divergence: Divergence, temperatures: Temperatures
+def normalizers(
+    student_TV: Tensor, teacher_TV: Tensor, divergence: Divergence | None, temperatures: Temperatures
 ) -> Tensor:
-    """``DenseKernels.first`` of one piece."""
-    if isinstance(divergence, WeightedKL):
-        return kl_sums(student_TV, teacher_TV, divergence, temperatures)
+    """``DenseKernels.first`` of any divergence that is no weighted KL, for one piece."""
     max_x_T, max_y_T, x_TV, y_TV = _shifted_pair(student_TV, teacher_TV, temperatures)
     # several entries may share the max: every rank takes the largest of their teacher logits
     at_max_TV = torch.where(x_TV == 0, teacher_TV, -torch.inf)
@@ -88,7 +89,7 @@ def first(
 
 
 def kl_sums(student_TV: Tensor, teacher_TV: Tensor, kl: WeightedKL, temperatures: Temperatures) -> Tensor:
-    """``DenseKernels.first`` of a weighted KL."""
+    """``DenseKernels.first`` of a weighted KL, for one piece."""
     max_x_T, max_y_T, x_TV, y_TV = _shifted_pair(student_TV, teacher_TV, temperatures)
     d_TV = y_TV - x_TV
     q_TV, p_TV = exp_(x_TV), exp_(y_TV)
@@ -124,26 +125,29 @@ def entries(
 
 
 def assembled_(
-    r_TV: Tensor, q_TV: Tensor, stats_T6: Tensor, upstream_T: Tensor, temperatures: Temperatures
+    r_TV: Tensor,
+    q_TV: Tensor,
+    stats_T6: Tensor,
+    upstream_T: Tensor,
+    divergence: Divergence,
+    temperatures: Temperatures,
 ) -> Tensor:
     """Gradient from r, q and E, in the storage of r."""
     scale_T1 = upstream_T.unsqueeze(-1) / temperatures.student
     return r_TV.addcmul_(q_TV, stats_T6[:, 5:], value=-1).mul_(scale_T1)
 
 
-def gradient(
+def entry_gradient(
     student_TV: Tensor,
     teacher_TV: Tensor,
-    stats_TK: Tensor,
+    stats_T6: Tensor,
     upstream_T: Tensor,
     divergence: Divergence,
     temperatures: Temperatures,
 ) -> Tensor:
-    """``DenseKernels.gradient`` of one piece, as a new tensor."""
-    if isinstance(divergence, WeightedKL):
-        return kl_gradient(student_TV, teacher_TV, stats_TK, upstream_T, divergence, temperatures)
-    _, r_TV, q_TV = entries(student_TV, teacher_TV, stats_TK[:, :5], divergence, temperatures)
-    return assembled_(r_TV, q_TV, stats_TK, upstream_T, temperatures)
+    """``DenseKernels.gradient`` of any divergence that is no weighted KL, for one piece, as a new tensor."""
+    _, r_TV, q_TV = entries(student_TV, teacher_TV, stats_T6[:, :5], divergence, temperatures)
+    return assembled_(r_TV, q_TV, stats_T6, upstream_T, divergence, temperatures)
 
 
 def kl_gradient(
@@ -154,7 +158,7 @@ def kl_gradient(
     kl: WeightedKL,
     temperatures: Temperatures,
 ) -> Tensor:
-    """``DenseKernels.gradient`` of a weighted KL."""
+    """``DenseKernels.gradient`` of a weighted KL, for one piece, as a new tensor."""
     max_x_T1, sum_x_T1, max_y_T1, sum_y_T1, shift_T1 = stats_T5.split(1, -1)
     upstream_T1 = upstream_T.unsqueeze(-1) / temperatures.student
     x_TV = shifted(student_TV, max_x_T1, temperatures.student)
@@ -172,6 +176,20 @@ def kl_gradient(
         grad_TV = difference_TV if grad_TV is None else grad_TV.add_(difference_TV)
     assert grad_TV is not None  # a WeightedKL has a direction
     return grad_TV
+
+
+@cache
+def first_pass(divergence: Divergence) -> Callable[..., Tensor]:
+    """The function of one piece behind ``DenseKernels.first``."""
+    return kl_sums if isinstance(divergence, WeightedKL) else normalizers
+
+
+@cache
+def gradient_pass(divergence: Divergence, *, is_overwritten: bool) -> Callable[..., Tensor]:
+    """The function of one piece behind ``DenseKernels.gradient``."""
+    if is_overwritten:
+        return assembled_
+    return kl_gradient if isinstance(divergence, WeightedKL) else entry_gradient
 
 
 def log_softmax_pair(

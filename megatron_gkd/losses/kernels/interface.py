@@ -9,6 +9,7 @@ Shapes: T = tokens, V = real vocabulary entries held by this rank (maybe 0), K =
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class DenseKernels(ABC):
     temperatures: Temperatures
     rows_per_pass: int | None = None
 
-    @property
+    @cached_property
     def num_first(self) -> int:
         """Numbers per token that ``first`` returns."""
         kl = self.divergence

@@ -156,7 +156,7 @@ def _formula(divergence: Divergence) -> tuple[str | None, float]:
 
 
 def _require_triton(logits_TV: Tensor) -> None:
-    if not is_triton_installed():
+    if not _is_installed():
         raise ValueError(
             "the loss back end triton needs the package triton; install it or set loss.backend=auto"
         )
@@ -167,8 +167,13 @@ def _require_triton(logits_TV: Tensor) -> None:
 
 
 @functools.cache
-def is_triton_installed() -> bool:
-    """Whether the package can be found; it is imported only where a kernel runs."""
+def can_use_triton() -> bool:
+    """Whether this machine has the package, which is imported only where a kernel runs, and an accelerator."""
+    return torch.accelerator.is_available() and _is_installed()
+
+
+@functools.cache
+def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 

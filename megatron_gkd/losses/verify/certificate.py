@@ -196,4 +196,5 @@ def _reference_divergence(
         limit = settings.max_token_loss
         surrogate_T = torch.where(value_T.abs() > limit, 0.0, surrogate_T)
         value_T = value_T.clamp(-limit, limit)
-    return settings.scale * value_T, settings.scale * surrogate_T
+    scale = settings.temperature**2 if settings.temperature_squared else 1.0
+    return scale * value_T, scale * surrogate_T

@@ -11,7 +11,7 @@ from megatron_gkd.losses.fused_linear import LMHead
 from megatron_gkd.losses.token_loss import METRIC_UNITS
 from megatron_gkd.losses.verify.reference import dense_cross_entropy, dense_divergence
 from megatron_gkd.teacher.base import HiddenSignal, NoTeacher, TopKSignal
-from megatron_gkd.train.loss import compute_loss, lost_mass_warning
+from megatron_gkd.train.loss import RunLoss, lost_mass_warning
 from tests.support.loss_cases import make_labels, make_linear_inputs
 
 VOCAB, TOKENS = 60, 6
@@ -22,7 +22,7 @@ def compute(signal, head, labels=None, **section):
     student = LMHead(inputs.student_TH.clone().requires_grad_(), inputs.student_head_VH)
     labels = make_labels(TOKENS, VOCAB) if labels is None else labels
     config = LossConfig(**section)
-    result = compute_loss(student, signal, head, labels, config, group=None, valid_vocab_size=VOCAB)
+    result = RunLoss(config, None, VOCAB, head)(student, signal, labels)
     assert set(result.metrics) <= set(METRIC_UNITS)
     return result, result.metrics
 
