@@ -47,7 +47,7 @@ def _run_into_the_bad_row(rank: int, world_size: int, config_file) -> None:
     tokenizer = build_tokenizer(config)
     prompts = build_prompts(config, tokenizer)
     job = make_world(rank, world_size)
-    parts = dict.fromkeys(("student", "teacher", "sharding", "evaluation"))
+    parts = dict.fromkeys(("student", "teacher", "loss", "sharding", "evaluation"))
     trainer = Trainer(
         config,
         job,
