@@ -61,11 +61,12 @@ def loss_and_target(case: Case, student, teacher, columns: slice, group: Any) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_gkd.losses.distill.first_id", lambda num_columns, group: 0)
         chunked = distill._chunked(Logits(student[:, columns]), shard if case.settings else None, labels)
-    targets = list(chunked.target)
+    is_single = chunked.name is not None  # then neither a sum of terms nor a tuple of their targets
+    targets = [chunked.target] if is_single else list(chunked.target)
     if case.from_entries:
         known = targets[0].columns_TK
         targets[0] = targets[0]._replace(columns_TK=torch.where(known < 0, known, known - columns.start))
-    return chunked.loss, tuple(targets)
+    return chunked.loss, targets[0] if is_single else tuple(targets)
 
 
 def value_and_gradient(case, student, teacher, bounds, upstream):
