@@ -1,10 +1,12 @@
 """The loss section."""
 
-from typing import Literal, Self
+from functools import lru_cache
+from typing import Any, Literal, Self, TypedDict
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from megatron_gkd.config.base import Config, Free
+from megatron_gkd.config.explain import explain
 
 Divergence = Literal[
     "forward_kl",
@@ -91,6 +93,41 @@ class LossSettings(Config):
                 "support=token"
             )
         return self
+
+
+class LossOptions(TypedDict, total=False):
+    """``LossSettings`` as keyword arguments; a test compares the two."""
+
+    divergence: str
+    beta: float
+    alpha: float
+    weight: float
+    temperature: float
+    teacher_temperature: float | None
+    temperature_squared: bool
+    max_token_loss: float | None
+    support: str
+    top_k: int
+    num_draws: int
+    tail: str
+    estimator: str
+    policy_gradient: bool
+    backend: str
+    rows_per_pass: int | None
+
+
+@lru_cache
+def loss_settings(**options: Any) -> LossSettings:
+    """The options, validated.
+
+    Raises:
+        ValueError: If one is out of range or two of them do not fit.
+    """
+    try:
+        return LossSettings(**options)
+    except ValidationError as error:
+        problems = [explain(problem, LossSettings) for problem in error.errors(include_url=False)]
+        raise ValueError("loss: " + "; ".join(problems)) from None
 
 
 class LossConfig(LossSettings):

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from megatron_gkd.losses.divergences import AdaptiveKL, Divergence, WeightedKL
+from megatron_gkd.losses.divergences import FAR, AdaptiveKL, Divergence, WeightedKL
 from megatron_gkd.losses.kernels import DenseKernels, make_kernels
 from megatron_gkd.losses.kernels.eager import log_softmax_pair
 from megatron_gkd.losses.token_loss import TokenLoss
 from megatron_gkd.losses.vocab_parallel import (
-    Group,
-    Rounds,
     SoftmaxStats,
     Temperatures,
     accumulation_dtype,
@@ -28,13 +26,16 @@ from megatron_gkd.losses.vocab_parallel import (
     nan_if_not_positive,
     numbers_per_row,
     row_pieces,
-    side_by_side,
+    times_,
 )
+from megatron_gkd.parallel.gathering import Group, Rounds, side_by_side
 
 _LOWEST_LOG_P = -20.0
 """A head of mass m has its threshold at p >= (1 - m) / vocabulary: all entries below that hold less than 1 - m."""
 _HIGHEST_LOG_P = 1e-3
 """Above 0, because rounding may be."""
+_MAX_SUM_OF_PEAKED = 4.0
+"""No row is far whose most probable entry has less than a fourth of the mass: r - q E does not cancel there."""
 _NUM_BINS = 64
 _NUM_HISTOGRAMS = 3
 
@@ -91,46 +92,27 @@ class KLLoss(_KernelLoss):
         kl, temperatures = self.kernels.divergence, self.kernels.temperatures
         assert isinstance(kl, WeightedKL)
         # in float64: few numbers, and differences of large ones
-        packed_RTK = (yield self.kernels.first(student_TV, teacher_TV)).double()
-        max_x_RT, max_y_RT, smaller_RT, difference_RT, *cross = packed_RTK.unbind(-1)
-        sum_x_RT, sum_y_RT = smaller_RT + difference_RT.clamp(min=0), smaller_RT - difference_RT.clamp(max=0)
+        first_RTK = (yield self.kernels.first(student_TV, teacher_TV)).double()
+        max_x_RT, sum_x_RT, max_y_RT, sum_y_RT, *of_shards = first_RTK.unbind(-1)
         student = SoftmaxStats.merged(max_x_RT, sum_x_RT, temperatures.student)
         teacher = SoftmaxStats.merged(max_y_RT, sum_y_RT, temperatures.teacher)
-        far_x_RT = (max_x_RT - student.max_T) / temperatures.student
-        far_y_RT = (max_y_RT - teacher.max_T) / temperatures.teacher
+        q_RT = sum_x_RT * ((max_x_RT - student.max_T) / temperatures.student).exp() / student.sumexp_T
+        p_RT = sum_y_RT * ((max_y_RT - teacher.max_T) / temperatures.teacher).exp() / teacher.sumexp_T
         loss_T = shift_T = nan_if_not_positive(student.sumexp_T, teacher.sumexp_T)
         if kl.forward:
-            loss_T = loss_T + kl.forward * _merged_kl(cross[0], sum_y_RT, difference_RT, far_y_RT, far_x_RT)
+            loss_T = loss_T + kl.forward * _merged_kl(of_shards[0], p_RT, q_RT)
         if kl.reverse:
-            reverse_kl_T = _merged_kl(cross[-1], sum_x_RT, -difference_RT, far_x_RT, far_y_RT)
+            reverse_kl_T = _merged_kl(of_shards[-1], q_RT, p_RT)
             loss_T = loss_T + kl.reverse * reverse_kl_T
             shift_T = teacher.sumexp_T.log() - student.sumexp_T.log() - reverse_kl_T
         dtype = accumulation_dtype(student_TV.dtype)
         return loss_T.to(dtype), torch.stack([*student, *teacher, shift_T], -1).to(dtype)
 
 
-def _merged_kl(
-    cross_RT: Tensor, sum_RT: Tensor, difference_RT: Tensor, far_a_RT: Tensor, far_b_RT: Tensor
-) -> Tensor:
-    """[T] KL(a || b) = B / S + log1p(D / S) - D / S, never negative.
-
-    S is the sum of exp of a, D that of b minus S, and B = sum_v e^a (d + e^-d - 1) with d = a - b, all relative to the
-    global maxima. No term is larger than the divergence is far from 0, so a small one keeps its digits.
-
-    Args:
-        cross_RT: B of each rank where D <= S there, else A = B - D, relative to its own maxima.
-        sum_RT: S of each rank.
-        difference_RT: D of each rank.
-        far_a_RT: Max of a on each rank minus the global one; all log ratios d change by ``far_a_RT - far_b_RT``.
-        far_b_RT: The same of b.
-    """
-    small_RT = torch.where(difference_RT <= sum_RT, cross_RT, cross_RT + difference_RT)
-    shift_RT, scale_a_RT, scale_b_RT = far_a_RT - far_b_RT, far_a_RT.exp(), far_b_RT.exp()
-    gap_RT = torch.where(shift_RT.abs() < 0.5, scale_a_RT * torch.expm1(-shift_RT), scale_b_RT - scale_a_RT)
-    sum_T = (sum_RT * scale_a_RT).sum(0)
-    difference_T = (difference_RT * scale_b_RT + sum_RT * gap_RT).sum(0)
-    moved_RT = scale_a_RT * small_RT + sum_RT * (scale_a_RT * shift_RT + gap_RT) + difference_RT * gap_RT
-    return ((moved_RT.sum(0) - difference_T) / sum_T + torch.log1p(difference_T / sum_T)).clamp(min=0)
+def _merged_kl(kl_RT: Tensor, a_RT: Tensor, b_RT: Tensor) -> Tensor:
+    """[T] KL(a || b) by the chain rule: that of the masses of the shards, and the mean of those within the shards."""
+    log_ratio_RT = torch.where(b_RT == 0, torch.inf, kl_RT + a_RT.log() - b_RT.log())
+    return times_(log_ratio_RT, a_RT).sum(0).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -138,7 +120,7 @@ class SeparableLoss(_KernelLoss):
     """Any divergence, with two dependent all-gathers: five numbers per token (the normalizers), then two sums.
 
     Two are the floor for a mixture of p and q, whose logarithm needs both normalizers first.
-    saved = M_x, S_x, M_y, S_y, p / q of the student's most probable entry, E = sum_v r_v.
+    saved = M_x, S_x, M_y, S_y, ``top_ratio`` of ``losses.divergences``, E = sum_v r_v.
     """
 
     @override
@@ -151,8 +133,8 @@ class SeparableLoss(_KernelLoss):
         exact = accumulation_dtype(student_TV.dtype)
         overwrite = student_TV.dtype == teacher_TV.dtype == exact
         loss_T, stats_TK = yield from self._rounds(student_TV, teacher_TV, overwrite=overwrite)
-        numbers = stats_TK, upstream_T, student_TV
-        self.kernels.gradient(student_TV, teacher_TV, *numbers, is_overwritten=overwrite)
+        out_TV = None if overwrite else student_TV
+        self.kernels.gradient(student_TV, teacher_TV, stats_TK, upstream_T, out_TV)
         return loss_T, stats_TK
 
     def _rounds(self, student_TV: Tensor, teacher_TV: Tensor, *, overwrite: bool) -> Rounds:
@@ -161,6 +143,7 @@ class SeparableLoss(_KernelLoss):
         # gathered and added in the order of ranks, so that all of them hold the same bits
         loss_T, r_sum_T = (yield sums_T2).sum(0).unbind(-1)
         poison_T = nan_if_not_positive(norms_T5[:, 1], norms_T5[:, 3])
+        loss_T = loss_T + self.kernels.divergence.far_value * (norms_T5[:, 4] < FAR).to(loss_T.dtype)
         return loss_T + poison_T, torch.cat([norms_T5, (r_sum_T + poison_T).unsqueeze(-1)], -1)
 
     def _merged(self, packed_RT5: Tensor) -> Tensor:
@@ -171,6 +154,7 @@ class SeparableLoss(_KernelLoss):
         # of the ranks whose max is the global one; several entries may share it: the largest of their teacher logits
         teacher_logit_T = packed_RT5[..., 4].where(packed_RT5[..., 0] == max_x_T, -torch.inf).amax(0)
         top_ratio_T = ((teacher_logit_T - max_y_T) / tau).exp() * sum_x_T / sum_y_T  # q is 1 / S_x there
+        top_ratio_T = torch.where(sum_x_T < _MAX_SUM_OF_PEAKED, top_ratio_T, top_ratio_T.clamp(min=FAR))
         return torch.cat([norms_T4, top_ratio_T.unsqueeze(-1)], -1)
 
 

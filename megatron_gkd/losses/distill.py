@@ -12,14 +12,7 @@ from torch import Tensor
 from megatron_gkd.config.loss import LossSettings
 from megatron_gkd.losses.dense import make_dense_loss
 from megatron_gkd.losses.divergences import AdaptiveKL, make_divergence, make_estimator
-from megatron_gkd.losses.fused_linear import (
-    ChunkedLoss,
-    HeadGradient,
-    LMHead,
-    Logits,
-    Source,
-    WeightedLoss,
-)
+from megatron_gkd.losses.fused_linear import ChunkedLoss, HeadGradient, LMHead, Logits, Source, WeightedLoss
 from megatron_gkd.losses.sparse import (
     NEGATIVE_LOG_LIKELIHOOD,
     BucketLoss,
@@ -29,14 +22,8 @@ from megatron_gkd.losses.sparse import (
 )
 from megatron_gkd.losses.supports import HeadAndDraws, SampledToken, SupportLoss, SupportTarget, TopK
 from megatron_gkd.losses.token_loss import LimitedLoss, Term, TermSum, TokenLoss
-from megatron_gkd.losses.vocab_parallel import (
-    Group,
-    Temperatures,
-    accumulation_dtype,
-    first_id,
-    num_real_columns,
-    split_over,
-)
+from megatron_gkd.losses.vocab_parallel import Temperatures, accumulation_dtype, first_id, num_real_columns
+from megatron_gkd.parallel.gathering import Group, split_over
 
 Teacher = LMHead | Logits | KnownEntries | None
 """Head with hidden states, logits, entries that were sent, or no teacher."""

@@ -6,47 +6,57 @@ E = sum_v r_v, the gradient is dD / d logit_j = r_j - q_j E.
 
 A multiple c of q may be subtracted from r without effect on that gradient, for E falls by c. It matters for its digits:
 where the student has nearly all mass on entries that the teacher excludes, r = c q there, and r - q E cancels. So a
-divergence may also be given top_ratio = p / q at the student's most probable entry of each row, and choose c by it.
+divergence may also be given top_ratio = p / q at the student's most probable entry of each row, and choose c by it. In
+far rows, where it is less than ``FAR``, the values may lack multiples of p and q in the same way, whose sum is ``far_value``.
 
 offset (q - p) may be added to f without effect as long as the sum runs over the whole vocabulary, where it is 0. The
 KLs use it to make every value at least 0 and the gradient of equal models exactly 0; they declare it as ``offset``,
 because a sum over a part of the vocabulary must subtract it again, unless the part stands for the whole.
 
 To add a divergence, write a frozen dataclass like the ones below (an entry of probability 0 contributes 0, see
-``times``), a factory whose arguments are named after the keys of the loss section, and register the factory in
+``times_``), a factory whose arguments are named after the keys of the loss section, and register the factory in
 ``DIVERGENCES``. Instances with equal parameters are equal, so that kernels compiled for one serve the other.
 """
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_gkd.losses.vocab_parallel import exp, expm1, times
+from megatron_gkd.losses.vocab_parallel import exp, exp_, expm1, mixed_, times_
+
+FAR = 0.125
+"""Rows are far whose top_ratio is less: c is chosen so that r keeps its digits where p is nearly 0."""
 
 Entries = tuple[Tensor, Tensor]
 """(value, r) of every entry."""
 
 
-class Divergence(Protocol):
+class Divergence(ABC):
     """A sum over the vocabulary, entry by entry."""
 
     @property
     def offset(self) -> float:
         """Multiple of q - p that the values contain, and of q that r contains."""
-        ...
+        return 0.0
 
+    @property
+    def far_value(self) -> float:
+        """What the values of a far row lack."""
+        return 0.0
+
+    @abstractmethod
     def __call__(self, log_p: Tensor, log_q: Tensor, top_ratio: Tensor | None = None, /) -> Entries:
         """(value, r) of every entry; ``top_ratio``, with a column for each row, may shift r by a multiple of q."""
-        ...
 
 
 @dataclass(frozen=True)
-class Separable:
+class Separable(Divergence):
     """A divergence given by a function (log_p, log_q) -> (value, r)."""
 
     entries: Callable[[Tensor, Tensor], Entries]
@@ -58,7 +68,7 @@ class Separable:
 
 
 @dataclass(frozen=True)
-class WeightedKL:
+class WeightedKL(Divergence):
     """forward * KL(p || q) + reverse * KL(q || p).
 
     Both are affine in the logarithms of the normalizers, so a split vocabulary needs a single collective.
@@ -84,32 +94,34 @@ class WeightedKL:
             r = r + self.forward * (exp(log_q) - exp(log_p))
         if self.reverse:
             value = value + self.reverse * _kl_terms(log_q, log_p, log_q - log_p)
-            r = r + self.reverse * times(exp(log_q), log_q - log_p)
+            r = r + self.reverse * times_(log_q - log_p, exp(log_q))
         return value, r
 
 
 @dataclass(frozen=True)
-class JSD:
+class JSD(Divergence):
     """Generalized Jensen-Shannon divergence of GKD (arXiv 2306.13649), 0 < beta < 1.
 
     D = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
     """
 
     beta: float
-    offset = 0.0
+
+    @property
+    def far_value(self) -> float:
+        """The entropy of the weights, -beta log beta - (1 - beta) log(1 - beta)."""
+        return -self.beta * math.log(self.beta) - (1 - self.beta) * math.log1p(-self.beta)
 
     def __call__(self, log_p: Tensor, log_q: Tensor, top_ratio: Tensor | None = None) -> Entries:
         """R = (1 - beta) q log(q / m), minus its limit for p = 0 in far rows."""
         far = _is_far(top_ratio)
-        log_p_over_m, log_q_over_m, centered = _log_ratios_to_mixture(log_p, log_q, self.beta, far)
-        q = exp(log_q)
-        student = times(q, log_q_over_m).mul_(1 - self.beta)
-        value = times(exp(log_p), log_p_over_m).mul_(self.beta).add_(student)
-        return value, student if far is None else times(q, centered).mul_(1 - self.beta)
+        log_p_over_m, log_m_over_q = _log_ratios_to_mixture(log_p, log_q, self.beta, far)
+        r = times_(log_m_over_q, exp(log_q)).mul_(self.beta - 1)
+        return times_(log_p_over_m, exp(log_p)).mul_(self.beta).add_(r), r
 
 
 @dataclass(frozen=True)
-class SkewForwardKL:
+class SkewForwardKL(Divergence):
     """KL(p || m), m = alpha p + (1 - alpha) q (DistiLLM, arXiv 2402.03898), 0 < alpha < 1; at most -log alpha.
 
     dD / d logit = (1 - alpha) q (sum_v q_v p_v / m_v - p / m).
@@ -122,19 +134,24 @@ class SkewForwardKL:
         """The entries are p log(p / m) - p + m."""
         return 1 - self.alpha
 
+    @property
+    def far_value(self) -> float:
+        """The limit of log(p / m) where q = 0."""
+        return -math.log(self.alpha)
+
     def __call__(self, log_p: Tensor, log_q: Tensor, top_ratio: Tensor | None = None) -> Entries:
         """R = (1 - alpha) q (1 - p / m), without the 1 in far rows."""
         far = _is_far(top_ratio)
-        log_p_over_m, _, _ = _log_ratios_to_mixture(log_p, log_q, self.alpha, far)
-        ratio = (
-            expm1(log_p_over_m) if far is None else torch.where(far, exp(log_p_over_m), expm1(log_p_over_m))
-        )
-        r = times(exp(log_q), ratio).mul_(self.alpha - 1)
+        log_p_over_m, _ = _log_ratios_to_mixture(log_p, log_q, self.alpha, far)
+        ratio = expm1(log_p_over_m)
+        if far is not None:
+            ratio = mixed_(ratio, exp(log_p_over_m).div_(self.alpha), far)
+        r = times_(ratio, exp(log_q)).mul_(self.alpha - 1)
         return _kl_terms(log_p, log_q, log_p_over_m, share_b=1 - self.alpha), r
 
 
 @dataclass(frozen=True)
-class SkewReverseKL:
+class SkewReverseKL(Divergence):
     """KL(q || m), m = (1 - alpha) p + alpha q, 0 < alpha < 1; finite where the teacher excludes an entry."""
 
     alpha: float
@@ -144,23 +161,24 @@ class SkewReverseKL:
         """The entries are q log(q / m) - q + m."""
         return self.alpha - 1
 
+    @property
+    def far_value(self) -> float:
+        """The limit of log(q / m) where p = 0."""
+        return -math.log(self.alpha)
+
     def __call__(self, log_p: Tensor, log_q: Tensor, top_ratio: Tensor | None = None) -> Entries:
         """R = q (log(q / m) - alpha (q / m - 1)), minus its limit for p = 0 in far rows."""
         far = _is_far(top_ratio)
-        _, log_q_over_m, centered = _log_ratios_to_mixture(log_p, log_q, 1 - self.alpha, far)
-        growth = expm1(centered)
-        scaled = growth * self.alpha
-        if far is not None:  # alpha q / m is e^centered there
-            scaled = torch.where(far, growth, scaled)
-        r = times(exp(log_q), centered - scaled)
+        log_q_over_m = _log_ratios_to_mixture(log_p, log_q, 1 - self.alpha, far)[1].neg_()
+        # in far rows the factor alpha is in log_q_over_m
+        share = self.alpha if far is None else self.alpha + (1 - self.alpha) * far
+        r = times_(log_q_over_m - expm1(log_q_over_m).mul_(share), exp(log_q))
         return _kl_terms(log_q, log_p, log_q_over_m, share_b=1 - self.alpha), r
 
 
 @dataclass(frozen=True)
-class TVD:
+class TVD(Divergence):
     """Total variation 1/2 sum |p - q|, in [0, 1]: outliers do not dominate, every entry pulls with its q alone."""
-
-    offset = 0.0
 
     def __call__(self, log_p: Tensor, log_q: Tensor, top_ratio: Tensor | None = None) -> Entries:
         """R = 1/2 q sign(q - p), 0 where they are equal; minus the sign at the student's most probable entry."""
@@ -193,13 +211,10 @@ def reverse_kl() -> Divergence:
 
 
 def jsd(beta: float) -> Divergence:
-    """``JSD``; it tends to 0 at both ends, which are defined as forward and reverse KL (as in TRL, Liger-Kernel, ms-swift).
-
-    Raises:
-        ValueError: If ``beta`` is outside [0, 1].
-    """
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"jsd needs beta in [0, 1], got {beta}; it is the teacher's weight in the mixture")
+    """``JSD``; it tends to 0 at both ends, which are defined as forward and reverse KL (as in TRL, Liger-Kernel, ms-swift)."""
+    _check(
+        0.0 <= beta <= 1.0, f"jsd needs beta in [0, 1], got {beta}; it is the teacher's weight in the mixture"
+    )
     if beta in (0.0, 1.0):
         return forward_kl() if beta == 0.0 else reverse_kl()
     return JSD(beta)
@@ -207,25 +222,31 @@ def jsd(beta: float) -> Divergence:
 
 def skew_forward_kl(alpha: float) -> Divergence:
     """``SkewForwardKL``; forward KL for alpha = 0."""
-    return SkewForwardKL(alpha) if _check_alpha("skew_forward_kl", alpha) else forward_kl()
+    _check(0.0 <= alpha < 1.0, f"skew_forward_kl needs alpha in [0, 1), got {alpha}; {_ALPHA}")
+    return SkewForwardKL(alpha) if alpha else forward_kl()
 
 
 def skew_reverse_kl(alpha: float) -> Divergence:
     """``SkewReverseKL``; reverse KL for alpha = 0."""
-    return SkewReverseKL(alpha) if _check_alpha("skew_reverse_kl", alpha) else reverse_kl()
+    _check(0.0 <= alpha < 1.0, f"skew_reverse_kl needs alpha in [0, 1), got {alpha}; {_ALPHA}")
+    return SkewReverseKL(alpha) if alpha else reverse_kl()
 
 
 def mixed_kl(weight: float) -> Divergence:
-    """D = weight KL(p || q) + (1 - weight) KL(q || p), in one collective.
-
-    Raises:
-        ValueError: If ``weight`` is outside [0, 1].
-    """
-    if not 0.0 <= weight <= 1.0:
-        raise ValueError(
-            f"mixed_kl needs weight in [0, 1], got {weight}; it is the share of forward KL, the rest is reverse KL"
-        )
+    """D = weight KL(p || q) + (1 - weight) KL(q || p), in one collective."""
+    _check(
+        0.0 <= weight <= 1.0,
+        f"mixed_kl needs weight in [0, 1], got {weight}; it is the share of forward KL, the rest is reverse KL",
+    )
     return WeightedKL(forward=weight, reverse=1 - weight)
+
+
+_ALPHA = "it is how much of its first argument the mixture holds"
+
+
+def _check(is_right: bool, problem: str) -> None:
+    if not is_right:
+        raise ValueError(problem)
 
 
 DIVERGENCES: dict[str, Callable[..., Divergence | AdaptiveKL]] = {
@@ -294,62 +315,46 @@ def make_estimator(name: str, *, policy_gradient: bool) -> Separable:
     return Separable(entries)
 
 
-def _check_alpha(name: str, alpha: float) -> float:
-    if not 0.0 <= alpha < 1.0:
-        raise ValueError(
-            f"{name} needs alpha in [0, 1), got {alpha}; it is how much of its first argument the mixture holds"
-        )
-    return alpha
-
-
 def _kl_terms(log_a: Tensor, log_b: Tensor, log_a_over_m: Tensor, share_b: float = 1.0) -> Tensor:
     """Entries a log(a / m) - a + m of m = (1 - share_b) a + share_b b: at least 0; of second order where a is near b.
 
-    There the three are added before a multiplies them: the rounding of the logarithms, larger than the divergence of
-    similar models, cancels.
+    The three are added before a multiplies them: the rounding of the logarithms, larger than the divergence of similar
+    models, cancels. An a far below b is replaced by b e^-60, so that nothing overflows: beside b both are 0.
     """
-    log_b_over_a = log_b - log_a
-    a = exp(log_a)
-    near = a * (log_a_over_m + share_b * expm1(log_b_over_a))
-    far = times(a, log_a_over_m) + share_b * (exp(log_b) - a)
-    return torch.where(log_b_over_a.abs() < 1, near, far)
+    log_a = torch.maximum(log_a, log_b - 60)
+    growth = expm1(log_b - log_a).mul_(share_b)
+    return times_(growth.add_(log_a_over_m.clamp(min=-300)), exp(log_a))
 
 
 def _is_far(top_ratio: Tensor | None) -> Tensor | None:
-    """Rows whose most probable entry the teacher finds less than half as probable; ``None``: a CPU sees no such row."""
+    """1 for far rows, else 0; ``None`` where a CPU sees none."""
     if top_ratio is None:
         return None
-    far = top_ratio < 0.5
+    far = top_ratio < FAR
     is_visible = not torch.compiler.is_compiling() and far.device.type == "cpu"
-    return None if is_visible and not far.any() else far
+    return None if is_visible and not far.any() else far.to(top_ratio.dtype)
 
 
 def _log_ratios_to_mixture(
     log_p: Tensor, log_q: Tensor, weight_p: float, far: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p/m, log q/m, log q/m centered) for m = weight_p p + (1 - weight_p) q; exactly 0 where p = q and not far.
+) -> tuple[Tensor, Tensor]:
+    """(log p/m, log m/q) for m = weight_p p + (1 - weight_p) q; 0 where p = q and not far.
 
     With d = log p - log q: log m = max(log p, log q) + log1p(w expm1(-|d|)), where w is the weight of the smaller of
-    the two. Unlike logaddexp this keeps its relative accuracy as d -> 0, and it holds for infinite d. In far rows log q/m
-    is centered at its limit for p = 0, -log(1 - weight_p), and keeps its relative accuracy there:
-    log m - log q = log(1 - weight_p) + log1p(k e^d) with k = weight_p / (1 - weight_p).
+    the two. Unlike logaddexp this keeps its relative accuracy as d -> 0, and it holds for infinite d.
+
+    In far rows each lacks its limit where the other of p and q is 0: -log(weight_p) and log(1 - weight_p). With
+    d = log(weight_p p) - log((1 - weight_p) q) what is left is -log1p(e^-d) and log1p(e^d), with all digits.
     """
     d = log_p - log_q
+    if far is not None and weight_p != 0.5:
+        d.add_(far, alpha=math.log(weight_p) - math.log1p(-weight_p))
     smaller = d.abs().neg_()
     # the weight of the smaller one: weight_p where d < 0, else 1 - weight_p
     w = 0.5 if weight_p == 0.5 else d.sign().mul_(0.5 - weight_p).add_(0.5)
-    if far is None:
-        log_max_over_m = expm1(smaller).mul_(w).log1p_().neg_()
-        log_q_over_m = log_max_over_m - d.clamp(min=0)
-        return log_max_over_m + d.clamp(max=0), log_q_over_m, log_q_over_m
-    limit = -math.log1p(-weight_p)
-    is_small_p = far & (d < 0)
-    small = (
-        torch.where(is_small_p, exp(smaller) * (weight_p / (1 - weight_p)), expm1(smaller) * w)
-        .log1p_()
-        .neg_()
-    )
-    log_max_over_m = torch.where(is_small_p, small + limit, small)
-    log_q_over_m = log_max_over_m - d.clamp(min=0)
-    centered = torch.where(is_small_p, small, torch.where(far, log_q_over_m - limit, log_q_over_m))
-    return log_max_over_m + d.clamp(max=0), log_q_over_m, centered
+    inner = expm1(smaller).mul_(w)
+    if far is not None:
+        inner = mixed_(inner, exp_(smaller), far)
+    log_m_over_max = inner.log1p_()
+    log_m_over_q = d.clamp(min=0).add_(log_m_over_max)
+    return d.clamp_(max=0).sub_(log_m_over_max), log_m_over_q

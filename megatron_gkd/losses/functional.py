@@ -9,38 +9,15 @@ teacher's may differ).
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
-from pydantic import ValidationError
 from torch import Tensor
 
-from megatron_gkd.config.explain import explain
-from megatron_gkd.config.loss import LossSettings
+from megatron_gkd.config.loss import LossOptions, loss_settings
 from megatron_gkd.losses.distill import DistillLoss
 from megatron_gkd.losses.fused_linear import LMHead, Logits, Source
 from megatron_gkd.losses.sparse import KnownEntries
-from megatron_gkd.losses.vocab_parallel import Group
-
-
-class LossOptions(TypedDict, total=False):
-    """Keyword arguments of the losses; ``config.loss.LossSettings`` has their meanings, limits and defaults."""
-
-    divergence: str
-    beta: float
-    alpha: float
-    weight: float
-    temperature: float
-    teacher_temperature: float | None
-    temperature_squared: bool
-    max_token_loss: float | None
-    support: str
-    top_k: int
-    num_draws: int
-    tail: str
-    estimator: str
-    policy_gradient: bool
-    backend: str
-    rows_per_pass: int | None
+from megatron_gkd.parallel.gathering import Group
 
 
 def distill_loss(
@@ -124,7 +101,7 @@ def top_k_distill_loss(
     Raises:
         ValueError: If shapes do not fit, or an option or the size is invalid.
     """
-    loss = _distill_loss(_settings(**options), group=group, valid_vocab_size=valid_vocab_size)
+    loss = _distill_loss(loss_settings(**options), group=group, valid_vocab_size=valid_vocab_size)
     return loss.per_token(Logits(student_TV), KnownEntries(ids_TK, log_probs_TK, weight_TK))
 
 
@@ -198,24 +175,8 @@ def linear_top_k_distill_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``top_k_distill_loss`` from the input of the student's LM head.
 
-    Args:
-        student_TH: See ``linear_distill_loss``.
-        student_head_VH: See ``linear_distill_loss``. Shards are of equal size.
-        ids_TK: See ``top_k_distill_loss``.
-        log_probs_TK: See ``top_k_distill_loss``.
-        weight_TK: See ``top_k_distill_loss``.
-        student_bias_V: See ``linear_distill_loss``.
-        group: Tensor-parallel group, or ``None`` if the vocabulary is not split.
-        valid_vocab_size: See ``linear_distill_loss``.
-        token_weight_T: See ``linear_distill_loss``.
-        tokens_per_chunk: See ``linear_distill_loss``.
-        options: ``divergence``, ``tail`` and further ``LossOptions``.
-
-    Returns:
-        As ``linear_distill_loss``.
-
-    Raises:
-        ValueError: If shapes or dtypes do not fit, or a parameter is out of range.
+    The student's arguments, the sizes and the result are those of ``linear_distill_loss``, the entries and the options
+    those of ``top_k_distill_loss``, and so are the errors. Shards are of equal size.
     """
     sizes = {"tokens_per_chunk": tokens_per_chunk, "valid_vocab_size": valid_vocab_size}
     student = LMHead(student_TH, student_head_VH, student_bias_V)
@@ -241,13 +202,10 @@ def linear_cross_entropy(
         student_head_VH: [V, H] this rank's shard of the LM head, same dtype. Shards are of equal size.
         labels_T: [T] global token ids, int64, equal on all ranks. The loss of an id that is no real entry is +inf.
         student_bias_V: [V] bias of the logits.
-        group: Tensor-parallel group, or ``None`` if the vocabulary is not split.
-        valid_vocab_size: See ``linear_distill_loss``.
-        token_weight_T: See ``linear_distill_loss``.
-        tokens_per_chunk: See ``linear_distill_loss``.
-
-    Returns:
-        As ``linear_distill_loss``.
+        group: As the rest and the result: see ``linear_distill_loss``.
+        valid_vocab_size: Real entries of the whole vocabulary.
+        token_weight_T: [T] weights.
+        tokens_per_chunk: Tokens whose logits exist at one time.
 
     Raises:
         ValueError: If shapes or dtypes do not fit, or a parameter is out of range.
@@ -255,20 +213,6 @@ def linear_cross_entropy(
     sizes = {"tokens_per_chunk": tokens_per_chunk, "valid_vocab_size": valid_vocab_size}
     student = LMHead(student_TH, student_head_VH, student_bias_V)
     return _solve(student, None, labels_T, token_weight_T, {}, group=group, **sizes)
-
-
-@lru_cache
-def _settings(**options: Any) -> LossSettings:
-    """The options, validated.
-
-    Raises:
-        ValueError: If one is out of range or two of them do not fit.
-    """
-    try:
-        return LossSettings(**options)
-    except ValidationError as error:
-        problems = [explain(problem, LossSettings) for problem in error.errors(include_url=False)]
-        raise ValueError("loss: " + "; ".join(problems)) from None
 
 
 # typed as a plain function, for pyright does not see that frozen settings have a hash; few, for each keeps its group alive
@@ -283,7 +227,7 @@ def _solve(
     options: LossOptions,
     **how: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    loss = _distill_loss(_settings(**options), **how)
+    loss = _distill_loss(loss_settings(**options), **how)
     if token_weight_T is None:
         return loss.per_token(student, teacher, labels_T)
     result = loss.weighted(student, teacher, labels_T, token_weight_T=token_weight_T)

@@ -11,7 +11,6 @@ Given logits are a head whose chunks are slices.
 Shapes: T = tokens, C = tokens of one chunk, V = vocabulary entries held by this rank, H = hidden size.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from typing import Any, NamedTuple
@@ -21,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_gkd.losses.token_loss import TokenLoss, joined_rows, rebuilt, rows_of
-from megatron_gkd.losses.vocab_parallel import InFlight, accumulation_dtype, row_slices
+from megatron_gkd.losses.vocab_parallel import accumulation_dtype, row_slices
+from megatron_gkd.parallel.gathering import InFlight
 from megatron_gkd.platform.products import as_factor, matmul_into
 
 HeadGradient = Callable[[Tensor, Tensor], Tensor | None]
@@ -48,8 +48,9 @@ class LMHead(NamedTuple):
     def chunks(self, num_columns: int, tokens_per_chunk: int, num_alive: int = 1) -> Iterator[Tensor]:
         """The leading columns of each chunk's logits; ``num_alive`` chunks live until a further one is asked for."""
         dtype = accumulation_dtype(self.hidden_TH.dtype)
-        slices = list(row_slices(self.hidden_TH.shape[0], tokens_per_chunk))
-        shape = min(self.hidden_TH.shape[0], tokens_per_chunk), num_columns
+        num_tokens = self.hidden_TH.shape[0]
+        slices = list(row_slices(num_tokens, tokens_per_chunk)) or [slice(0, 0)]
+        shape = min(num_tokens, tokens_per_chunk), num_columns
         buffers = [self.hidden_TH.new_empty(shape, dtype=dtype) for _ in slices[:num_alive]]
         for rows, buffer_CV in zip(slices, cycle(buffers), strict=False):
             logits_CV = buffer_CV[: rows.stop - rows.start]
@@ -147,7 +148,7 @@ class ChunkedLoss(NamedTuple):
         slices = list(row_slices(num_tokens, tokens_per_chunk)) or [slice(0, 0)]
         logits = student.chunks(self.num_columns, tokens_per_chunk, num_alive)
         targets = self._target_chunks(self.target, slices, tokens_per_chunk, num_alive)
-        return zip(slices, logits, targets, strict=False)  # a head without tokens has no chunk
+        return zip(slices, logits, targets, strict=True)
 
     def _target_chunks(
         self, target: Any, slices: list[slice], tokens_per_chunk: int, num_alive: int
@@ -185,13 +186,7 @@ class ChunkedLoss(NamedTuple):
     def _measure(self, student: Source) -> tuple[Tensor, Any]:
         """(loss_T, saved)."""
         parts = [self.loss.measure(logits_CV, target) for _, logits_CV, target in self._chunks(student)]
-        return joined_rows(parts) if parts else self._without_tokens(student)
-
-    def _without_tokens(self, student: Source) -> tuple[Tensor, Any]:
-        """(loss_T, saved) of a batch without tokens, which makes no collective, on any rank."""
-        dtype = accumulation_dtype(student[0].dtype)
-        logits_CV = student[0].new_empty(0, self.num_columns, dtype=dtype)
-        return self.loss.measure(logits_CV, _without_rows(self.target, logits_CV))
+        return joined_rows(parts)
 
 
 class _Differentiated(NamedTuple):
@@ -203,33 +198,21 @@ class _Differentiated(NamedTuple):
     saved: Any
 
 
-class _Gradients(ABC):
-    """Gradients of the inputs of a student, collected chunk by chunk."""
-
-    tensors: tuple[Tensor | None, Tensor | None, Tensor | None]
-
-    @abstractmethod
-    def place(self, rows: slice, logits_CV: Tensor) -> Tensor:
-        """Where a backward pass writes the gradient of these logits."""
-
-    @abstractmethod
-    def add(self, rows: slice, grad_CV: Tensor, is_ignored_C: Tensor | None) -> None:
-        """Apply the chain rule to a chunk; rows that are ignored have gradient 0 whatever they hold."""
-
-
-class _LogitGradients(_Gradients):
+class _LogitGradients:
     """The gradient of given logits, in the storage it was written to."""
 
     def __init__(self, student: Logits, num_columns: int, needs_input_grad: tuple[bool, ...]):
         self._logits_TV, self._num_columns = student.logits_TV, num_columns
-        self.tensors = None, None, None
+        self.tensors: tuple[Tensor | None, ...] = None, None, None
 
     def place(self, rows: slice, logits_CV: Tensor) -> Tensor:
+        """Where a backward pass writes the gradient of these logits."""
         grad_TV = torch.empty_like(self._logits_TV, memory_format=torch.contiguous_format)
         self.tensors = grad_TV, None, None
         return grad_TV[:, : self._num_columns]
 
     def add(self, rows: slice, grad_CV: Tensor, is_ignored_C: Tensor | None) -> None:
+        """Finish a chunk; rows that are ignored have gradient 0 whatever they hold."""
         if self.tensors[0] is None:  # made in the storage of the logits
             self.tensors = self._logits_TV.detach(), None, None
         grad_TV = self.tensors[0]
@@ -239,25 +222,24 @@ class _LogitGradients(_Gradients):
             grad_TV.masked_fill_(is_ignored_C.unsqueeze(-1), 0.0)
 
 
-class _HeadGradients(_Gradients):
+class _HeadGradients:
     """Gradients of the hidden states, the head and its bias in float32 (or 64), rounded to the inputs' dtype at the end."""
 
     def __init__(self, student: LMHead, num_columns: int, needs_input_grad: tuple[bool, ...]):
         self._hidden_TH, self._weight_VH = student.hidden_TH, student.weight_VH[:num_columns]
         self._num_columns = num_columns
-        needs_hidden, needs_weight, needs_bias = needs_input_grad[:3]
         dtype = accumulation_dtype(student.hidden_TH.dtype)
-        of_hidden_TH = torch.empty_like(student.hidden_TH, dtype=dtype) if needs_hidden else None
-        of_weight_VH = torch.zeros_like(student.weight_VH, dtype=dtype) if needs_weight else None
-        of_bias_V = None
-        if needs_bias and student.bias_V is not None:
-            of_bias_V = torch.zeros_like(student.bias_V, dtype=dtype)
-        self.tensors = of_hidden_TH, of_weight_VH, of_bias_V
+        self.tensors = tuple(
+            torch.zeros_like(x, dtype=dtype) if x is not None and is_needed else None
+            for x, is_needed in zip(student[:3], needs_input_grad, strict=False)
+        )
 
     def place(self, rows: slice, logits_CV: Tensor) -> Tensor:
+        """Where a backward pass writes the gradient of these logits."""
         return logits_CV
 
     def add(self, rows: slice, grad_CV: Tensor, is_ignored_C: Tensor | None) -> None:
+        """Apply the chain rule to a chunk; rows that are ignored have gradient 0 whatever they hold."""
         hidden_CH = self._hidden_TH[rows]
         if is_ignored_C is not None:  # 0 * NaN is NaN: both factors of the head's gradient are cleared
             grad_CV.masked_fill_(is_ignored_C.unsqueeze(-1), 0.0)
@@ -272,7 +254,10 @@ class _HeadGradients(_Gradients):
             matmul_into(of_weight_VH[: self._num_columns], factor_CV.t(), hidden_CH, add=True)
 
 
-_KINDS: dict[type, Callable[..., _Gradients]] = {LMHead: _HeadGradients, Logits: _LogitGradients}
+_KINDS: dict[type, Callable[..., _HeadGradients | _LogitGradients]] = {
+    LMHead: _HeadGradients,
+    Logits: _LogitGradients,
+}
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -372,14 +357,6 @@ def _weighted_sum(loss_T: Tensor, weight_T: Tensor | None, is_ignored_T: Tensor 
         return loss_T.sum()
     weighted_T = loss_T * weight_T
     return (weighted_T if is_ignored_T is None else weighted_T.masked_fill_(is_ignored_T, 0.0)).sum()
-
-
-def _without_rows(target: Any, logits_CV: Tensor) -> Any:
-    if isinstance(target, LMHead):
-        return logits_CV
-    if isinstance(target, tuple):
-        return rebuilt(target, [_without_rows(part, logits_CV) for part in target])
-    return target if target is None else target[:0]
 
 
 def _scaled(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype | None) -> Tensor | None:

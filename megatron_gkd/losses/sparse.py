@@ -14,7 +14,6 @@ from typing_extensions import override
 from megatron_gkd.losses.divergences import Divergence, Separable
 from megatron_gkd.losses.token_loss import TokenLoss
 from megatron_gkd.losses.vocab_parallel import (
-    Rounds,
     SoftmaxStats,
     accumulation_dtype,
     exp_,
@@ -24,6 +23,7 @@ from megatron_gkd.losses.vocab_parallel import (
     row_pieces,
     shifted,
 )
+from megatron_gkd.parallel.gathering import Rounds
 
 MIN_TAIL_MASS = 1e-7
 """Least mass of the teacher's tail: log-probabilities in float32 cannot tell less from 0."""
@@ -253,15 +253,8 @@ def log_prob_round(
     logits_TV: Tensor, columns_TK: Tensor, temperature: float
 ) -> Generator[Tensor, Tensor, tuple[Tensor, SoftmaxStats]]:
     """([T, K] log-probabilities of the entries, normalizer of the whole vocabulary), by one all-gather of K + 2 numbers."""
-    packed_TK = numbers_per_row(logits_TV, columns_TK.shape[-1] + 2)
-    for rows in row_pieces(logits_TV):
-        x_TV = logits_TV[rows]
-        max_T1 = local_max(x_TV).to(packed_TK.dtype).unsqueeze(-1)
-        sum_T1 = exp_(shifted(x_TV, max_T1, temperature)).sum(-1, keepdim=True)
-        packed_TK[rows] = torch.cat([_gathered(x_TV, columns_TK[rows]).to(max_T1.dtype), max_T1, sum_T1], -1)
-    packed_RTK = yield packed_TK
-    stats = SoftmaxStats.merged(packed_RTK[..., -2], packed_RTK[..., -1], temperature)
-    log_prob_TK = shifted(packed_RTK[..., :-2].amax(0), stats.max_T.unsqueeze(-1), temperature)
+    known_TK, stats = yield from _entry_round(logits_TV, columns_TK, temperature, of_rest=False)
+    log_prob_TK = shifted(known_TK, stats.max_T.unsqueeze(-1), temperature)
     return log_prob_TK.sub_(stats.sumexp_T.log().unsqueeze(-1)), stats
 
 
@@ -272,21 +265,30 @@ def bucket_round(
 
     By one all-gather of K + 2 numbers per token. Without a tail, the others have probability 0.
     """
-    packed_TK = numbers_per_row(logits_TV, columns_TK.shape[-1] + 2)
-    for rows in row_pieces(logits_TV):
-        tail_TV = _with_spare_column(logits_TV[rows], columns_TK[rows], -torch.inf)[:, :-1]
-        max_T1 = local_max(tail_TV).unsqueeze(-1)
-        sum_T1 = exp_(shifted(tail_TV, max_T1, temperature)).sum(-1, keepdim=True)
-        known_TK = _gathered(logits_TV[rows], columns_TK[rows]).to(max_T1.dtype)
-        packed_TK[rows] = torch.cat([known_TK, max_T1, sum_T1], -1)
-    packed_RTK = yield packed_TK
-    known_TK = packed_RTK[..., :-2].amax(0)
-    tail = SoftmaxStats.merged(packed_RTK[..., -2], packed_RTK[..., -1], temperature)
+    known_TK, tail = yield from _entry_round(logits_TV, columns_TK, temperature, of_rest=True)
     max_T1 = torch.maximum(known_TK.amax(-1), tail.max_T).unsqueeze(-1)
     tail_T1 = (tail.max_T.unsqueeze(-1) - max_T1) / temperature + tail.sumexp_T.log().unsqueeze(-1)
     if not has_tail:
         tail_T1 = torch.full_like(tail_T1, -torch.inf)
     return torch.cat([(known_TK - max_T1) / temperature, tail_T1], -1).log_softmax(-1), tail
+
+
+def _entry_round(
+    logits_TV: Tensor, columns_TK: Tensor, temperature: float, *, of_rest: bool
+) -> Generator[Tensor, Tensor, tuple[Tensor, SoftmaxStats]]:
+    """([T, K] logits of the entries, normalizer of the whole vocabulary or of all other entries)."""
+    packed_TK = numbers_per_row(logits_TV, columns_TK.shape[-1] + 2)
+    for rows in row_pieces(logits_TV):
+        x_TV = logits_TV[rows]
+        known_TK = _gathered(x_TV, columns_TK[rows]).to(packed_TK.dtype)
+        if of_rest:
+            x_TV = _with_spare_column(x_TV, columns_TK[rows], -torch.inf)[:, :-1]
+        max_T1 = local_max(x_TV).to(packed_TK.dtype).unsqueeze(-1)
+        sum_T1 = exp_(shifted(x_TV, max_T1, temperature)).sum(-1, keepdim=True)
+        packed_TK[rows] = torch.cat([known_TK, max_T1, sum_T1], -1)
+    packed_RTK = yield packed_TK
+    stats = SoftmaxStats.merged(packed_RTK[..., -2], packed_RTK[..., -1], temperature)
+    return packed_RTK[..., :-2].amax(0), stats
 
 
 def _gathered(logits_TV: Tensor, columns_TK: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from megatron_gkd.losses.dense import merged_normalizers
 from megatron_gkd.losses.kernels.eager import log_softmax_pair, normalizers
 from megatron_gkd.losses.sparse import BucketLoss, PartialSumLoss, SparseTarget, bucket_round, log_prob_round
 from megatron_gkd.losses.token_loss import TokenLoss
-from megatron_gkd.losses.vocab_parallel import Rounds, Temperatures, accumulation_dtype, exp_
+from megatron_gkd.losses.vocab_parallel import Temperatures, accumulation_dtype, exp_
+from megatron_gkd.parallel.gathering import Rounds
 
 _COLUMNS_PER_RANK = 1 << 32
 
@@ -39,13 +40,15 @@ class Chosen(NamedTuple):
     weight_TK: Tensor
 
 
+Choice = Generator[Tensor, Tensor, Chosen]
+"""Yields this rank's numbers for a collective and is sent all ranks', as ``Rounds``."""
+
+
 class Chooser(Protocol):
     """Chooses entries, the same on every rank."""
 
-    def choose(
-        self, student_TV: Tensor, target: SupportTarget, rank: int, /
-    ) -> Generator[Tensor, Tensor, Chosen]:
-        """Yields this rank's numbers for a collective and is sent all ranks', as ``Rounds``."""
+    def choose(self, student_TV: Tensor, target: SupportTarget, rank: int, /) -> Choice:
+        """The entries, from the logits of both models."""
         ...
 
 
@@ -99,9 +102,7 @@ class TopK:
     of_teacher: bool
     of_student: bool
 
-    def choose(
-        self, student_TV: Tensor, target: SupportTarget, rank: int
-    ) -> Generator[Tensor, Tensor, Chosen]:
+    def choose(self, student_TV: Tensor, target: SupportTarget, rank: int) -> Choice:
         """Fulfils ``Chooser``; an entry that both models chose counts once."""
         models = [target.teacher_TV] * self.of_teacher + [student_TV] * self.of_student
         packed_RTC = yield torch.cat([_candidates(model_TV, self.k) for model_TV in models], -1)
@@ -117,9 +118,7 @@ class TopK:
 class SampledToken:
     """The token that follows in the sequence."""
 
-    def choose(
-        self, student_TV: Tensor, target: SupportTarget, rank: int
-    ) -> Generator[Tensor, Tensor, Chosen]:
+    def choose(self, student_TV: Tensor, target: SupportTarget, rank: int) -> Choice:
         """Fulfils ``Chooser``; no collective."""
         yield from ()
         columns_T1 = target.label_columns_T.unsqueeze(-1)
@@ -141,9 +140,7 @@ class HeadAndDraws:
     num_draws: int
     temperatures: Temperatures
 
-    def choose(
-        self, student_TV: Tensor, target: SupportTarget, rank: int
-    ) -> Generator[Tensor, Tensor, Chosen]:
+    def choose(self, student_TV: Tensor, target: SupportTarget, rank: int) -> Choice:
         """Fulfils ``Chooser``."""
         teacher_TV = target.teacher_TV
         norms_T4 = normalizers(student_TV, teacher_TV, None, self.temperatures)[:, :4]

@@ -15,14 +15,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from megatron_gkd.losses.vocab_parallel import (
-    Group,
-    Rounds,
-    row_blocks,
-    row_pieces,
-    run_rounds,
-    side_by_side,
-)
+from megatron_gkd.losses.vocab_parallel import row_blocks, row_pieces
+from megatron_gkd.parallel.gathering import Group, Rounds, run_rounds, side_by_side
 
 METRIC_UNITS = {
     "divergence": "nats/token",
@@ -185,11 +179,8 @@ class TermSum(TokenLoss):
         parts = zip(self.terms, of_terms, strict=True)
         return (*losses, *(metric_T for term, of_term in parts for metric_T in term.loss.metrics(of_term)))
 
-    def _total(self, losses: Sequence[Tensor]) -> Tensor:
-        return sum(
-            (term.weight * loss_T for term, loss_T in zip(self.terms, losses, strict=True)),
-            torch.zeros_like(losses[0]),
-        )
+    def _total(self, losses: Sequence[Tensor]) -> Any:
+        return sum(term.weight * loss_T for term, loss_T in zip(self.terms, losses, strict=True))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Check that torch.compile works on this CPU, and set its cache folder."""
+"""Whether torch.compile or Triton works here, and the cache folder of what is compiled."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -52,6 +53,18 @@ def _choose_cache() -> None:
         return
     if os.access(folder, os.W_OK):
         os.environ[CACHE_VARIABLE] = str(folder)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the package triton is installed; it is imported only where a kernel runs."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def can_use_triton() -> bool:
+    """Whether this machine has the package triton and an accelerator."""
+    return torch.accelerator.is_available() and has_triton()
 
 
 def launching_on(device: torch.device) -> AbstractContextManager[object]:

@@ -17,9 +17,9 @@ from megatron_gkd.losses.fused_linear import HeadGradient, LMHead, WeightedLoss
 from megatron_gkd.losses.sparse import KnownEntries
 from megatron_gkd.losses.verify.certificate import CertificateError, certify
 from megatron_gkd.losses.verify.problem import Case
-from megatron_gkd.losses.vocab_parallel import Group
 from megatron_gkd.models.gpt import padded_vocab_size
 from megatron_gkd.parallel.collectives import any_rank
+from megatron_gkd.parallel.gathering import Group
 from megatron_gkd.parallel.groups import ModelGroups
 from megatron_gkd.platform.device import DTYPES
 from megatron_gkd.teacher.base import Signal, TopKSignal

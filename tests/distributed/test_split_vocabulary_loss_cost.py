@@ -150,7 +150,7 @@ def test_the_mix_with_cross_entropy_adds_no_collective_and_no_product(run_on_ran
 
 
 def check_order(rank, world_size, divergence):
-    from megatron_gkd.losses.vocab_parallel import GatheredRows
+    from megatron_gkd.parallel.gathering import GatheredRows
 
     inputs = make_linear_inputs(48, 64 * world_size, 8, 8)
     head, teacher_head = (x.chunk(world_size)[rank].float() for x in (inputs[1], inputs[3]))

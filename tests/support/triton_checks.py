@@ -20,7 +20,7 @@ from megatron_gkd.losses.kernels import DenseKernels, make_kernels
 from megatron_gkd.losses.kernels import triton as back_end
 from megatron_gkd.losses.verify.certificate import certify
 from megatron_gkd.losses.verify.problem import Case
-from megatron_gkd.losses.verify.reference import dense_divergence, dense_linear, relative_error
+from megatron_gkd.losses.verify.reference import dense_divergence, relative_error
 from megatron_gkd.losses.vocab_parallel import Temperatures
 from tests.support.loss_cases import (
     make_independent_logits,
@@ -219,7 +219,8 @@ def check_nothing_to_do(device: str) -> None:
     lowest = torch.finfo(torch.float32).min
     empty_TV = torch.zeros(2, 0, device=device)
     sums_TK = kl.first(empty_TV, empty_TV)
-    assert sums_TK.tolist() == [[lowest, lowest, 0, 0, 0, 0]] * 2
+    assert sums_TK[:, :4].tolist() == [[lowest, 0, lowest, 0]] * 2
+    assert sums_TK[:, 4:].isnan().all()  # of no distribution at all
     assert tvd.first(empty_TV, empty_TV).tolist() == [[lowest, 0, lowest, 0, -math.inf]] * 2
     assert tvd.second(empty_TV, empty_TV, sums_TK[:, :5]).tolist() == [[0, 0]] * 2
     no_rows_TV = torch.zeros(0, 5, device=device)
@@ -235,7 +236,8 @@ def check_gradient_in_place(device: str, name: str) -> None:
     exact = make_linear_inputs(tokens=5, vocab=150, hidden=8, teacher_hidden=8)
     weight_T = make_upstream(5)
     student_TH, head_VH = (z.clone().requires_grad_() for z in exact[:2])
-    (dense_linear(student_TH, head_VH, *exact[2:], name) * weight_T).sum().backward()
+    student_TV, teacher_TV = student_TH @ head_VH.T, exact[2] @ exact[3].T
+    (dense_divergence(student_TV, teacher_TV, name) * weight_T).sum().backward()
     inputs = [z.to(device, torch.float32) for z in exact]
     mine_TH, mine_VH = (z.requires_grad_() for z in inputs[:2])
     total, _ = linear_distill_loss(

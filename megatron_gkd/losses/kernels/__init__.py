@@ -4,9 +4,9 @@ from megatron_gkd.losses.divergences import Divergence
 from megatron_gkd.losses.kernels.compiled import CompiledKernels
 from megatron_gkd.losses.kernels.eager import EagerKernels
 from megatron_gkd.losses.kernels.interface import DenseKernels
-from megatron_gkd.losses.kernels.triton import TritonKernels, can_use_triton
+from megatron_gkd.losses.kernels.triton import TritonKernels
 from megatron_gkd.losses.vocab_parallel import Temperatures
-from megatron_gkd.platform.compiler import can_compile
+from megatron_gkd.platform.compiler import can_compile, can_use_triton
 
 BACKENDS = ("auto", "eager", "compiled", "triton")
 

@@ -23,7 +23,7 @@ from megatron_gkd.losses.kernels.eager import EagerKernels
 from megatron_gkd.losses.kernels.interface import DenseKernels
 from megatron_gkd.losses.vocab_parallel import numbers_per_row
 
-_ELEMENTS_PER_PASS = 1 << 19
+_ELEMENTS_PER_PASS = 1 << 20
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,6 +40,11 @@ class CompiledKernels(DenseKernels):
         packed_TK = numbers_per_row(student_TV, self.num_first)
         how = (eager.first_pass(self.divergence), self.divergence, self.temperatures)
         self._run(_first, how, student_TV, teacher_TV, packed_TK)
+        close_T = eager.close_rows(packed_TK, self.divergence)
+        if close_T is not None:
+            close_TK, how = packed_TK[close_T], (self.divergence, self.temperatures)
+            self._run(_close, how, student_TV[close_T], teacher_TV[close_T], close_TK)
+            packed_TK[close_T] = close_TK
         return packed_TK
 
     @override
@@ -58,29 +63,24 @@ class CompiledKernels(DenseKernels):
         student_TV: Tensor,
         teacher_TV: Tensor,
         stats_TK: Tensor,
-        upstream_T: Tensor,
-        out_TV: Tensor,
-        *,
-        is_overwritten: bool = False,
+        factor_T: Tensor,
+        out_TV: Tensor | None,
     ) -> None:
-        if not _can_fuse(student_TV, teacher_TV) or out_TV.dtype not in (student_TV.dtype, torch.float32):
-            numbers = stats_TK, upstream_T, out_TV
-            self.eager.gradient(student_TV, teacher_TV, *numbers, is_overwritten=is_overwritten)
+        dtypes = student_TV.dtype, torch.float32
+        if not _can_fuse(student_TV, teacher_TV) or (out_TV is not None and out_TV.dtype not in dtypes):
+            self.eager.gradient(student_TV, teacher_TV, stats_TK, factor_T, out_TV)
             return
         # what is compiled writes to its first tensor, which holds the student's logits: one compilation serves both a
         # gradient in their storage and one elsewhere
-        source_TV = None if out_TV.data_ptr() == student_TV.data_ptr() else student_TV
-        numbers = stats_TK.contiguous(), upstream_T.contiguous()
-        function = eager.gradient_pass(self.divergence, is_overwritten=is_overwritten)
-        how = (function, self.divergence, self.temperatures)
-        self._run(_gradient, how, out_TV, teacher_TV, *numbers, source_TV=source_TV)
+        is_elsewhere = out_TV is not None and out_TV.data_ptr() != student_TV.data_ptr()
+        source_TV = student_TV if is_elsewhere else None
+        numbers = stats_TK.contiguous(), factor_T.contiguous()
+        how = (eager.gradient_pass(self.divergence, out_TV), self.divergence, self.temperatures)
+        first_TV = student_TV if out_TV is None else out_TV
+        self._run(_gradient, how, first_TV, teacher_TV, *numbers, source_TV=source_TV)
 
     def _run(
-        self,
-        function: Callable[..., None],
-        how: tuple[Any, ...],
-        *tensors: Tensor,
-        source_TV: Tensor | None = None,
+        self, function: Callable[..., None], how: tuple, *tensors: Tensor, source_TV: Tensor | None = None
     ) -> None:
         """Call the compiled ``function`` for some rows after the other; ``source_TV`` is copied to the first tensor before."""
         run, (first_TV, *others) = _compiled(function, *how), [tensor.detach() for tensor in tensors]
@@ -123,21 +123,15 @@ def _compiled(function: Callable[..., None], *how: Any) -> Callable[..., None]:
     return torch.compile(own, dynamic=True, fullgraph=True, options={"compile_threads": 1})
 
 
-def _first(
-    student_TV: Tensor, teacher_TV: Tensor, out_TK: Tensor, function, divergence, temperatures
-) -> None:
+def _first(student_TV, teacher_TV, out_TK, function, divergence, temperatures):
     out_TK.copy_(function(student_TV, teacher_TV, divergence, temperatures))
 
 
-def _second(
-    student_TV: Tensor,
-    teacher_TV: Tensor,
-    norms_T5: Tensor,
-    out_T2: Tensor,
-    overwrite,
-    divergence,
-    temperatures,
-) -> None:
+def _close(student_TV, teacher_TV, first_TK, kl, temperatures):
+    first_TK.copy_(eager.close_kl_sums(student_TV, teacher_TV, first_TK, kl, temperatures))
+
+
+def _second(student_TV, teacher_TV, norms_T5, out_T2, overwrite, divergence, temperatures):
     sums_T2, r_TV, q_TV = eager.entries(student_TV, teacher_TV, norms_T5, divergence, temperatures)
     out_T2.copy_(sums_T2)
     if overwrite:
@@ -145,15 +139,7 @@ def _second(
         teacher_TV.copy_(q_TV)
 
 
-def _gradient(
-    student_TV: Tensor,
-    teacher_TV: Tensor,
-    stats_TK: Tensor,
-    upstream_T: Tensor,
-    function,
-    divergence,
-    temperatures,
-) -> None:
-    grad_TV = function(student_TV, teacher_TV, stats_TK, upstream_T, divergence, temperatures)
+def _gradient(student_TV, teacher_TV, stats_TK, factor_T, function, divergence, temperatures):
+    grad_TV = function(student_TV, teacher_TV, stats_TK, factor_T, divergence, temperatures)
     if function is not eager.assembled_:  # which works in the storage of its first argument
         student_TV.copy_(grad_TV)

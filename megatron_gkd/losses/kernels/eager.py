@@ -5,9 +5,10 @@ The functions of one piece are also what the compiled back end fuses.
 Shapes: T = tokens, V = real vocabulary entries held by this rank, K = numbers per token.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,11 @@ from megatron_gkd.losses.vocab_parallel import (
     row_pieces,
     row_sum,
     shifted,
-    times,
+    times_,
 )
+
+_CLOSE_KL = 1 / 32
+"""A KL below is summed from second-order terms; above, an absolute error of 1e-7 is a small relative one."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,16 @@ class EagerKernels(DenseKernels):
 
     @override
     def first(self, student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
-        packed_TK = numbers_per_row(student_TV, self.num_first)
-        first = first_pass(self.divergence)
+        first_TK, how = numbers_per_row(student_TV, self.num_first), (self.divergence, self.temperatures)
+        function = first_pass(self.divergence)
         for rows in row_pieces(student_TV, self.rows_per_pass):
-            packed_TK[rows] = first(student_TV[rows], teacher_TV[rows], self.divergence, self.temperatures)
-        return packed_TK
+            x_TV, y_TV, of_piece_TK = student_TV[rows], teacher_TV[rows], first_TK[rows]
+            of_piece_TK.copy_(function(x_TV, y_TV, *how))
+            close_T = close_rows(of_piece_TK, self.divergence)
+            if close_T is not None:
+                close = x_TV[close_T], y_TV[close_T], of_piece_TK[close_T]
+                of_piece_TK[close_T] = close_kl_sums(*close, *how)
+        return first_TK
 
     @override
     def second(
@@ -48,13 +57,10 @@ class EagerKernels(DenseKernels):
     ) -> Tensor:
         sums_T2 = numbers_per_row(student_TV, 2)
         for rows in row_pieces(student_TV, self.rows_per_pass):
-            x_TV, y_TV = student_TV[rows], teacher_TV[rows]
-            sums_T2[rows], r_TV, q_TV = entries(
-                x_TV, y_TV, norms_T5[rows], self.divergence, self.temperatures
-            )
+            logits = student_TV[rows], teacher_TV[rows]
+            sums_T2[rows], r_TV, q_TV = entries(*logits, norms_T5[rows], self.divergence, self.temperatures)
             if overwrite:
-                x_TV.copy_(r_TV)
-                y_TV.copy_(q_TV)
+                student_TV[rows], teacher_TV[rows] = r_TV, q_TV
         return sums_T2
 
     @override
@@ -63,14 +69,13 @@ class EagerKernels(DenseKernels):
         student_TV: Tensor,
         teacher_TV: Tensor,
         stats_TK: Tensor,
-        upstream_T: Tensor,
-        out_TV: Tensor,
-        *,
-        is_overwritten: bool = False,
+        factor_T: Tensor,
+        out_TV: Tensor | None,
     ) -> None:
-        gradient = gradient_pass(self.divergence, is_overwritten=is_overwritten)
+        gradient = gradient_pass(self.divergence, out_TV)
+        out_TV = student_TV if out_TV is None else out_TV
         for rows in row_pieces(student_TV, self.rows_per_pass):
-            numbers = stats_TK[rows], upstream_T[rows]
+            numbers = stats_TK[rows], factor_T[rows]
             out_TV[rows] = gradient(
                 student_TV[rows], teacher_TV[rows], *numbers, self.divergence, self.temperatures
             )
@@ -81,34 +86,58 @@ def normalizers(
 ) -> Tensor:
     """``DenseKernels.first`` of any divergence that is no weighted KL, for one piece."""
     max_x_T, max_y_T, x_TV, y_TV = _shifted_pair(student_TV, teacher_TV, temperatures)
-    # several entries may share the max: every rank takes the largest of their teacher logits
-    at_max_TV = torch.where(x_TV == 0, teacher_TV, -torch.inf)
-    at_max_T = at_max_TV.amax(-1) if at_max_TV.shape[-1] else torch.full_like(max_x_T, -torch.inf)
+    at_max_T = torch.full_like(max_x_T, -torch.inf)
+    if x_TV.shape[-1]:  # x is 0 at its max, where several entries may be: all others are out of reach
+        at_max_T = torch.add(teacher_TV, x_TV, alpha=1e38).amax(-1)
     numbers = max_x_T, row_sum(exp_(x_TV)), max_y_T, row_sum(exp_(y_TV)), at_max_T.to(max_x_T.dtype)
     return torch.stack(numbers, -1)
 
 
 def kl_sums(student_TV: Tensor, teacher_TV: Tensor, kl: WeightedKL, temperatures: Temperatures) -> Tensor:
-    """``DenseKernels.first`` of a weighted KL, for one piece."""
+    """``DenseKernels.first`` of a weighted KL, for one piece; small KLs have an absolute error of 1e-7."""
     max_x_T, max_y_T, x_TV, y_TV = _shifted_pair(student_TV, teacher_TV, temperatures)
     d_TV = y_TV - x_TV
     q_TV, p_TV = exp_(x_TV), exp_(y_TV)
     sum_x_T, sum_y_T = row_sum(q_TV), row_sum(p_TV)
-    is_near_TV = d_TV.abs() < 1
-    growth_TV = expm1(-d_TV)
-    # e^x - e^y: of near entries by expm1, for the difference of two rounded numbers has few digits
-    difference_TV = torch.where(is_near_TV, p_TV * growth_TV, q_TV - p_TV)
-    difference_T = row_sum(difference_TV)
-    numbers = [max_x_T, max_y_T, torch.minimum(sum_x_T, sum_y_T), difference_T]
+    numbers, shift_T = [max_x_T, sum_x_T, max_y_T, sum_y_T], sum_x_T.log() - sum_y_T.log()
     if kl.forward:
-        cross_TV = times(p_TV, d_TV)
-        small_TV = torch.where(is_near_TV, p_TV * (d_TV + growth_TV), cross_TV + difference_TV)
-        numbers.append(torch.where(difference_T <= sum_y_T, row_sum(small_TV), row_sum(cross_TV)))
+        forward_TV = d_TV.clone() if kl.reverse else d_TV
+        numbers.append(row_sum(times_(forward_TV, p_TV)) / sum_y_T + shift_T)
     if kl.reverse:
-        cross_TV = times(q_TV, d_TV).neg_()
-        small_TV = torch.where(is_near_TV, q_TV * (expm1(d_TV) - d_TV), cross_TV - difference_TV)
-        numbers.append(torch.where(-difference_T <= sum_x_T, row_sum(small_TV), row_sum(cross_TV)))
+        numbers.append(-row_sum(times_(d_TV, q_TV)) / sum_x_T - shift_T)
     return torch.stack(numbers, -1)
+
+
+def close_kl_sums(
+    student_TV: Tensor, teacher_TV: Tensor, first_TK: Tensor, kl: Any, temperatures: Temperatures
+) -> Tensor:
+    """``kl_sums`` again, of rows where ``first_TK`` has lost digits: every term is of second order, see ``_close_kl``."""
+    max_x_T1, sum_x_T1, max_y_T1, sum_y_T1 = first_TK[:, :4].split(1, -1)
+    x_TV = shifted(student_TV, max_x_T1, temperatures.student)
+    y_TV = shifted(teacher_TV, max_y_T1, temperatures.teacher)
+    d_TV = (y_TV - x_TV).add_(sum_x_T1.log() - sum_y_T1.log())
+    q_TV, p_TV = exp_(x_TV).div_(sum_x_T1), exp_(y_TV).div_(sum_y_T1)
+    numbers = [first_TK[:, :4]]
+    if kl.forward:
+        numbers.append(_close_kl(p_TV, q_TV, -d_TV))
+    if kl.reverse:
+        numbers.append(_close_kl(q_TV, p_TV, d_TV))
+    return torch.cat(numbers, -1)
+
+
+def _close_kl(a_TV: Tensor, b_TV: Tensor, log_b_over_a_TV: Tensor) -> Tensor:
+    """[T, 1] sum of a log(a / b) - a + b; where b > e a, as a (e - 1 - log(b / a)) + (b - e a), which cannot overflow."""
+    growth_TV = expm1(log_b_over_a_TV.clamp(max=1)).sub_(log_b_over_a_TV)
+    rest_TV = (b_TV - math.e * a_TV).clamp_(min=0)
+    return row_sum(times_(growth_TV, a_TV).add_(rest_TV)).unsqueeze(-1)
+
+
+def close_rows(first_TK: Tensor, divergence: Divergence) -> Tensor | None:
+    """Rows of ``kl_sums`` whose KL is so small that it has lost digits, a single one twice; ``None``: there are none."""
+    if not isinstance(divergence, WeightedKL) or not (is_close_T := first_TK[:, 4] < _CLOSE_KL).any():
+        return None
+    close_T = is_close_T.nonzero().squeeze(-1)
+    return close_T.expand(2) if len(close_T) == 1 else close_T  # compiled passes need two
 
 
 def entries(
@@ -128,12 +157,12 @@ def assembled_(
     r_TV: Tensor,
     q_TV: Tensor,
     stats_T6: Tensor,
-    upstream_T: Tensor,
+    factor_T: Tensor,
     divergence: Divergence,
     temperatures: Temperatures,
 ) -> Tensor:
     """Gradient from r, q and E, in the storage of r."""
-    scale_T1 = upstream_T.unsqueeze(-1) / temperatures.student
+    scale_T1 = factor_T.unsqueeze(-1) / temperatures.student
     return r_TV.addcmul_(q_TV, stats_T6[:, 5:], value=-1).mul_(scale_T1)
 
 
@@ -141,53 +170,51 @@ def entry_gradient(
     student_TV: Tensor,
     teacher_TV: Tensor,
     stats_T6: Tensor,
-    upstream_T: Tensor,
+    factor_T: Tensor,
     divergence: Divergence,
     temperatures: Temperatures,
 ) -> Tensor:
     """``DenseKernels.gradient`` of any divergence that is no weighted KL, for one piece, as a new tensor."""
     _, r_TV, q_TV = entries(student_TV, teacher_TV, stats_T6[:, :5], divergence, temperatures)
-    return assembled_(r_TV, q_TV, stats_T6, upstream_T, divergence, temperatures)
+    return assembled_(r_TV, q_TV, stats_T6, factor_T, divergence, temperatures)
 
 
 def kl_gradient(
     student_TV: Tensor,
     teacher_TV: Tensor,
     stats_T5: Tensor,
-    upstream_T: Tensor,
+    factor_T: Tensor,
     kl: WeightedKL,
     temperatures: Temperatures,
 ) -> Tensor:
     """``DenseKernels.gradient`` of a weighted KL, for one piece, as a new tensor."""
     max_x_T1, sum_x_T1, max_y_T1, sum_y_T1, shift_T1 = stats_T5.split(1, -1)
-    upstream_T1 = upstream_T.unsqueeze(-1) / temperatures.student
+    factor_T1 = factor_T.unsqueeze(-1) / temperatures.student
     x_TV = shifted(student_TV, max_x_T1, temperatures.student)
     y_TV = shifted(teacher_TV, max_y_T1, temperatures.teacher)
     log_ratio_TV = x_TV - y_TV if kl.reverse else None
     q_TV, p_TV, grad_TV = exp_(x_TV), exp_(y_TV), None
     if log_ratio_TV is not None:
         log_ratio_TV.add_(shift_T1)
-        scale_T1 = kl.reverse * upstream_T1 / sum_x_T1 + nan_if_not_positive(sum_x_T1, sum_y_T1)
-        grad_TV = times(q_TV, log_ratio_TV).mul_(scale_T1)
+        scale_T1 = kl.reverse * factor_T1 / sum_x_T1 + nan_if_not_positive(sum_x_T1, sum_y_T1)
+        grad_TV = times_(log_ratio_TV, q_TV).mul_(scale_T1)
     if kl.forward:
         # products and difference are rounded one by one: a fused multiply-add would not be 0 where p = q
-        scale_T1 = kl.forward * upstream_T1
+        scale_T1 = kl.forward * factor_T1
         difference_TV = q_TV.mul_(scale_T1 / sum_x_T1).sub_(p_TV.mul_(scale_T1 / sum_y_T1))
         grad_TV = difference_TV if grad_TV is None else grad_TV.add_(difference_TV)
     assert grad_TV is not None  # a WeightedKL has a direction
     return grad_TV
 
 
-@cache
 def first_pass(divergence: Divergence) -> Callable[..., Tensor]:
     """The function of one piece behind ``DenseKernels.first``."""
     return kl_sums if isinstance(divergence, WeightedKL) else normalizers
 
 
-@cache
-def gradient_pass(divergence: Divergence, *, is_overwritten: bool) -> Callable[..., Tensor]:
+def gradient_pass(divergence: Divergence, out_TV: Tensor | None) -> Callable[..., Tensor]:
     """The function of one piece behind ``DenseKernels.gradient``."""
-    if is_overwritten:
+    if out_TV is None:
         return assembled_
     return kl_gradient if isinstance(divergence, WeightedKL) else entry_gradient
 

@@ -44,24 +44,21 @@ class DenseKernels(ABC):
     def first(self, student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
         """[T, num_first] statistics of this rank's shard.
 
-        Of a weighted KL: m_x, m_y, min(s_x, s_y), D = s_x - s_y, and a cross sum for each direction with a weight, the
-        forward one first. With d = (y - m_y) - (x - m_x), that of the forward direction is
-        B = sum_v e^(y - m_y) (d + e^-d - 1) where D <= s_y, and A = sum_v e^(y - m_y) d = B - D elsewhere; the reverse
-        direction exchanges x and y. D and B are sums of differences, so that similar models keep their digits.
-
-        Of any other divergence: m_x, s_x, m_y, s_y, and the teacher's logit of the student's most probable entry.
+        m_x, s_x, m_y, s_y; then of a weighted KL the KL of the two softmaxes over the shard, for each direction with a
+        weight, the forward one first, which keeps its digits for similar models; and of any other divergence the
+        teacher's logit of the student's most probable entry.
         """
 
     @abstractmethod
     def second(
         self, student_TV: Tensor, teacher_TV: Tensor, norms_T5: Tensor, *, overwrite: bool = False
     ) -> Tensor:
-        """[T, 2] sums over this rank's shard of the divergence's values and of r.
+        """[T, 2] sums over this rank's shard of the divergence's values, without ``far_value``, and of r.
 
         Args:
             student_TV: Student's logits.
             teacher_TV: Teacher's logits.
-            norms_T5: M_x, S_x, M_y, S_y of the whole vocabulary, and p / q of the student's most probable entry.
+            norms_T5: M_x, S_x, M_y, S_y of the whole vocabulary, and ``top_ratio`` of ``losses.divergences``.
             overwrite: The logits' storage may be used to keep what ``gradient`` needs.
         """
 
@@ -71,22 +68,20 @@ class DenseKernels(ABC):
         student_TV: Tensor,
         teacher_TV: Tensor,
         stats_TK: Tensor,
-        upstream_T: Tensor,
-        out_TV: Tensor,
-        *,
-        is_overwritten: bool = False,
+        factor_T: Tensor,
+        out_TV: Tensor | None,
     ) -> None:
-        """Write upstream * d divergence / d logits of the student.
+        """Write factor * d divergence / d logits of the student.
 
-        Of a weighted KL upstream (forward (q - p) + reverse q (log q - log p - KL(q || p))) / temperature, exactly 0 where
-        p = q; ``stats_TK`` is M_x, S_x, M_y, S_y, log(S_y / S_x) - KL(q || p). Of any other divergence upstream (r - q E) / temperature;
-        ``stats_TK`` is ``norms_T5`` and E = sum_v r_v.
+        Of a weighted KL factor (forward (q - p) + reverse q (log q - log p - KL(q || p))) / temperature, exactly 0 where
+        p = q; ``stats_TK`` is M_x, S_x, M_y, S_y, log(S_y / S_x) - KL(q || p). Of any other divergence
+        factor (r - q E) / temperature; ``stats_TK`` is ``norms_T5`` and E = sum_v r_v.
 
         Args:
-            student_TV: Student's logits, or what ``second`` left in their storage.
-            teacher_TV: Teacher's logits, likewise.
+            student_TV: Student's logits.
+            teacher_TV: Teacher's logits.
             stats_TK: Numbers of the whole vocabulary.
-            upstream_T: Factor of each row.
-            out_TV: Any float dtype; may be the storage of ``student_TV``.
-            is_overwritten: ``second`` ran with ``overwrite``.
+            factor_T: Factor of each row.
+            out_TV: Any float dtype; may be the storage of ``student_TV``. ``None``: ``second`` ran with ``overwrite``, and the
+                gradient takes the place of the student's logits.
         """

@@ -3,9 +3,7 @@
 Shapes: T = tokens, V = real vocabulary entries held by this rank, K = numbers per token.
 """
 
-import functools
 import importlib
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +15,7 @@ from megatron_gkd.losses.divergences import JSD, TVD, Divergence, SkewForwardKL,
 from megatron_gkd.losses.kernels.eager import EagerKernels
 from megatron_gkd.losses.kernels.interface import DenseKernels
 from megatron_gkd.losses.vocab_parallel import numbers_per_row
-from megatron_gkd.platform.compiler import launching_on
+from megatron_gkd.platform.compiler import has_triton, launching_on
 
 TILE = 4096
 """Columns of one step of a kernel."""
@@ -57,15 +55,8 @@ class TritonKernels(DenseKernels):
         if not self._can_run(student_TV, teacher_TV):
             return self.eager.second(student_TV, teacher_TV, norms_T5, overwrite=overwrite)
         sums_T2, (formula, weight) = numbers_per_row(student_TV, 2), _formula(self.divergence)
-        tensors = norms_T5.contiguous(), sums_T2
-        self._launch(
-            _kernels().entry_sums,
-            (student_TV.shape[0],),
-            (student_TV, teacher_TV),
-            tensors,
-            weight,
-            FORMULA=formula,
-        )
+        grid, numbers = (student_TV.shape[0],), (norms_T5.contiguous(), sums_T2)
+        self._launch(_kernels().entry_sums, grid, (student_TV, teacher_TV), numbers, weight, FORMULA=formula)
         return sums_T2
 
     @override
@@ -74,15 +65,12 @@ class TritonKernels(DenseKernels):
         student_TV: Tensor,
         teacher_TV: Tensor,
         stats_TK: Tensor,
-        upstream_T: Tensor,
-        out_TV: Tensor,
-        *,
-        is_overwritten: bool = False,
+        factor_T: Tensor,
+        out_TV: Tensor | None,
     ) -> None:
-        if not self._can_run(student_TV, teacher_TV, out_TV):
-            numbers = stats_TK, upstream_T, out_TV
-            is_overwritten &= not self._can_run(student_TV, teacher_TV)
-            self.eager.gradient(student_TV, teacher_TV, *numbers, is_overwritten=is_overwritten)
+        target_TV = student_TV if out_TV is None else out_TV
+        if not self._can_run(student_TV, teacher_TV, target_TV):
+            self.eager.gradient(student_TV, teacher_TV, stats_TK, factor_T, out_TV)
             return
         kl = self.divergence
         if isinstance(kl, WeightedKL):
@@ -92,8 +80,10 @@ class TritonKernels(DenseKernels):
             kernel, scalars, flags = _kernels().entry_gradient, (weight,), {"FORMULA": formula}
         # one program for each tile of each row; a grid may be long along its first axis only
         grid = student_TV.shape[0], -(-student_TV.shape[1] // TILE)
-        numbers = stats_TK.contiguous(), upstream_T.contiguous()
-        self._launch(kernel, grid, (student_TV, teacher_TV, out_TV), numbers, *map(float, scalars), **flags)
+        numbers = stats_TK.contiguous(), factor_T.contiguous()
+        self._launch(
+            kernel, grid, (student_TV, teacher_TV, target_TV), numbers, *map(float, scalars), **flags
+        )
 
     def _can_run(self, student_TV: Tensor, *others: Tensor) -> bool:
         if self.is_required:
@@ -156,7 +146,7 @@ def _formula(divergence: Divergence) -> tuple[str | None, float]:
 
 
 def _require_triton(logits_TV: Tensor) -> None:
-    if not _is_installed():
+    if not has_triton():
         raise ValueError(
             "the loss back end triton needs the package triton; install it or set loss.backend=auto"
         )
@@ -164,17 +154,6 @@ def _require_triton(logits_TV: Tensor) -> None:
         raise ValueError(
             f"the loss back end triton needs logits on a GPU, these are on {logits_TV.device}; set loss.backend=auto"
         )
-
-
-@functools.cache
-def can_use_triton() -> bool:
-    """Whether this machine has the package, which is imported only where a kernel runs, and an accelerator."""
-    return torch.accelerator.is_available() and _is_installed()
-
-
-@functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _kernels() -> Any:

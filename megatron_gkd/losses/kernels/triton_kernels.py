@@ -13,6 +13,9 @@ Shapes: T = tokens, V = real vocabulary entries held by this rank, K = numbers p
 import triton
 import triton.language as tl
 
+from megatron_gkd.losses import divergences
+
+_FAR = tl.constexpr(divergences.FAR)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -30,7 +33,12 @@ def kl_sums(
     REVERSE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Maxima, the smaller sum of exp, the sums' difference, and a cross sum for each direction: [T, 4 + directions]."""
+    """Max and sum of exp of x, the same of y, and the KL of their softmaxes in each direction: [T, 4 + directions].
+
+    With d = y - x, that of the forward direction is (B - D) / S + log(1 + D / S): S = sum_v e^y, D = sum_v (e^x - e^y) and
+    B = sum_v e^y (d + e^-d - 1). D and B are sums of differences, so that similar models keep their digits; where D > S the
+    sum A = B - D of e^y d keeps more.
+    """
     row = tl.program_id(0).to(tl.int64)
     max_x = tl.full((), _LOWEST, tl.float32)
     max_y = tl.full((), _LOWEST, tl.float32)
@@ -77,20 +85,22 @@ def kl_sums(
         max_y = new_max_y
     out_ptr += row * (4 + FORWARD + REVERSE)
     tl.store(out_ptr, max_x)
-    tl.store(out_ptr + 1, max_y)
-    tl.store(out_ptr + 2, tl.minimum(tl.sum(sum_x, 0), tl.sum(sum_y, 0)))
-    tl.store(out_ptr + 3, tl.sum(difference, 0))
+    tl.store(out_ptr + 1, tl.sum(sum_x, 0))
+    tl.store(out_ptr + 2, max_y)
+    tl.store(out_ptr + 3, tl.sum(sum_y, 0))
     if FORWARD:
-        _store_cross(out_ptr + 4, difference, sum_y, forward, forward_cross)
+        _store_kl(out_ptr + 4, sum_y, difference, forward, forward_cross)
     if REVERSE:
-        _store_cross(out_ptr + (4 + FORWARD), -difference, sum_x, reverse, reverse_cross)
+        _store_kl(out_ptr + (4 + FORWARD), sum_x, -difference, reverse, reverse_cross)
 
 
 @triton.jit
-def _store_cross(out_ptr, difference, sum_a, small, cross):
-    """B where D <= S, else A, see ``DenseKernels.first``."""
-    is_small = tl.sum(difference, 0) <= tl.sum(sum_a, 0)  # pyright: ignore[reportOperatorIssue]
-    tl.store(out_ptr, tl.where(is_small, tl.sum(small, 0), tl.sum(cross, 0)))
+def _store_kl(out_ptr, sum_a, difference, small, cross):
+    """KL from S, D, B and A, in float64: its terms may be large beside it."""
+    total = tl.sum(sum_a, 0).to(tl.float64)
+    gap = tl.sum(difference, 0).to(tl.float64)
+    linear = tl.where(gap <= total, tl.sum(small, 0).to(tl.float64) - gap, tl.sum(cross, 0).to(tl.float64))
+    tl.store(out_ptr, (linear / total + tl.log(1.0 + gap / total)).to(tl.float32))
 
 
 @triton.jit
@@ -116,15 +126,7 @@ def _kl_entries(a, b, d):
 
 @triton.jit
 def normalizers(
-    x_ptr,
-    y_ptr,
-    out_ptr,
-    num_columns,
-    x_stride,
-    y_stride,
-    inverse_tau_x,
-    inverse_tau_y,
-    TILE: tl.constexpr,
+    x_ptr, y_ptr, out_ptr, num_columns, x_stride, y_stride, inverse_tau_x, inverse_tau_y, TILE: tl.constexpr
 ):
     """Max and sum of exp of x, the same of y, and y at the max of x (the largest, if several x share it): [T, 5]."""
     row = tl.program_id(0).to(tl.int64)
@@ -269,25 +271,24 @@ def _entries(x, y, norms_ptr, inverse_tau_x, inverse_tau_y, weight, FORMULA: tl.
     top_ratio = tl.load(norms_ptr + 4)
     p = tl.exp(log_p)
     q = tl.exp(log_q)
-    far = top_ratio < 0.5
+    far = top_ratio < _FAR
     if FORMULA == "tvd":
         value = 0.5 * tl.abs(q - p)
         r = 0.5 * (q * (_sign(log_q, log_p) - _sign(1.0, top_ratio)))
     elif FORMULA == "jsd":
-        log_p_over_m, log_q_over_m, centered = _log_ratios_to_mixture(log_p, log_q, weight, far)
-        student = _times((1.0 - weight) * q, log_q_over_m)
-        r = _times((1.0 - weight) * q, centered)
+        log_p_over_m, log_q_over_m = _log_ratios_to_mixture(log_p, log_q, weight, far)
+        r = _times((1.0 - weight) * q, log_q_over_m)
         # a sum of two products instead makes LLVM crash in Triton 3.9 for sm_90
-        value = tl.fma(weight * p, tl.where(p == 0.0, 0.0, log_p_over_m), student)
+        value = tl.fma(weight * p, tl.where(p == 0.0, 0.0, log_p_over_m), r)
     elif FORMULA == "skew_forward_kl":
-        log_p_over_m, _, _ = _log_ratios_to_mixture(log_p, log_q, weight, far)
-        ratio = tl.where(far, tl.exp(log_p_over_m), _expm1(log_p_over_m))
+        log_p_over_m, _ = _log_ratios_to_mixture(log_p, log_q, weight, far)
+        ratio = tl.where(far, tl.exp(log_p_over_m) / weight, _expm1(log_p_over_m))
         r = (weight - 1.0) * _times(q, ratio)
         value = _kl_terms(log_p, log_q, p, q, log_p_over_m, 1.0 - weight)
     else:
         tl.static_assert(FORMULA == "skew_reverse_kl")
-        _, log_q_over_m, centered = _log_ratios_to_mixture(log_p, log_q, 1.0 - weight, far)
-        r = _times(q, centered - tl.where(far, 1.0, weight) * _expm1(centered))
+        _, log_q_over_m = _log_ratios_to_mixture(log_p, log_q, 1.0 - weight, far)
+        r = _times(q, log_q_over_m - tl.where(far, 1.0, weight) * _expm1(log_q_over_m))
         value = _kl_terms(log_q, log_p, q, p, log_q_over_m, 1.0 - weight)
     return value, r, q
 
@@ -309,18 +310,13 @@ def _kl_terms(log_a, log_b, a, b, log_a_over_m, share_b):
 
 @triton.jit
 def _log_ratios_to_mixture(log_p, log_q, weight_p, far):
-    """(log p/m, log q/m, log q/m centered) for m = weight_p p + (1 - weight_p) q, see ``losses.divergences``."""
-    d = log_p - log_q
+    """(log p/m, log q/m) for m = weight_p p + (1 - weight_p) q, without their limits in far rows, see ``losses.divergences``."""
     weight_q = 1.0 - weight_p
-    limit = -tl.log(weight_q)
-    is_small_p = tl.where(far, d, 0.0) < 0.0
+    d = log_p - log_q + tl.where(far, tl.log(weight_p / weight_q), 0.0)
     distance = -tl.abs(d)
     near = tl.where(d < 0.0, weight_p, weight_q) * _expm1(distance)
-    small = -_log1p(tl.where(is_small_p, tl.exp(distance) * (weight_p / weight_q), near))
-    log_max_over_m = tl.where(is_small_p, small + limit, small)
-    log_q_over_m = log_max_over_m - tl.maximum(d, 0.0)
-    centered = tl.where(is_small_p, small, tl.where(far, log_q_over_m - limit, log_q_over_m))
-    return log_max_over_m + tl.minimum(d, 0.0), log_q_over_m, centered
+    log_m_over_max = _log1p(tl.where(far, tl.exp(distance), near))
+    return tl.minimum(d, 0.0) - log_m_over_max, -log_m_over_max - tl.maximum(d, 0.0)
 
 
 @triton.jit

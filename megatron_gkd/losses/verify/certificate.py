@@ -40,13 +40,9 @@ from megatron_gkd.losses.verify.reference import (
     dense_top_k,
     relative_error,
 )
-from megatron_gkd.losses.vocab_parallel import Group, split_over
+from megatron_gkd.parallel.gathering import Group, split_over
 
-TOLERANCES = {
-    torch.float64: (1e-11, 1e-11),
-    torch.float32: (1e-6, 1e-5),
-    torch.bfloat16: (1e-6, 4e-3),
-}
+TOLERANCES = {torch.float64: (1e-11, 1e-11), torch.float32: (1e-6, 1e-5), torch.bfloat16: (1e-6, 4e-3)}
 """Largest relative L2 error of the value and of a gradient. The gradients of hidden states and head are rounded to the format
 of the inputs: in bfloat16 by 1.7e-3 in the mean and 2**-8 at most, and a GPU rounds that of the logits as well."""
 

@@ -7,12 +7,12 @@ Shapes: T = tokens, V = vocabulary entries held by this rank, H = hidden size, K
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_gkd.config.loss import LossSettings
+from megatron_gkd.config.loss import LossSettings, loss_settings
 from megatron_gkd.losses.divergences import DIVERGENCES, ESTIMATORS
 from megatron_gkd.losses.fused_linear import LMHead
 from megatron_gkd.losses.kernels import triton
@@ -119,14 +119,14 @@ def every_case(
         return Case(settings=settings, sft_weight=sft_weight, **how)
 
     for name in names or DIVERGENCES:
-        yield case(_settings(divergence=name))
-        yield case(_settings(divergence=name), 0.3)
+        yield case(loss_settings(divergence=name))
+        yield case(loss_settings(divergence=name), 0.3)
         if name == "adaptive_kl":
             continue
-        yield case(_settings(divergence=name, support="sampled"))
+        yield case(loss_settings(divergence=name, support="sampled"))
         for support in ("teacher_top_k", "student_top_k", "union"):
             for tail in ("bucket", "renormalize", "none"):
-                settings = _settings(divergence=name, support=support, tail=tail)
+                settings = loss_settings(divergence=name, support=support, tail=tail)
                 yield case(settings)
                 if support == "teacher_top_k":
                     yield case(settings, from_entries=True)
@@ -134,13 +134,9 @@ def every_case(
         for estimator in ESTIMATORS:
             for is_reward in (False, True):
                 token = {"support": "token", "estimator": estimator, "policy_gradient": is_reward}
-                yield case(_settings(divergence="reverse_kl", **token))
+                yield case(loss_settings(divergence="reverse_kl", **token))
     if names is None:
         yield case(None, 1.0)
-
-
-def _settings(**options: Any) -> LossSettings:
-    return LossSettings(**options)
 
 
 class Problem(NamedTuple):

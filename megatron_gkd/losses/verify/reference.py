@@ -126,13 +126,6 @@ def dense_known(ids_TK: Tensor, log_probs_TK: Tensor, vocab: int) -> tuple[Tenso
     return mask[:, :-1], probabilities[:, :-1]
 
 
-def dense_linear(
-    student_TH: Tensor, student_head_VH: Tensor, teacher_TH: Tensor, teacher_head_VH: Tensor, name: str, **how
-):
-    """[T] divergence of the logits hidden @ head^T."""
-    return dense_divergence(student_TH @ student_head_VH.T, teacher_TH @ teacher_head_VH.T, name, **how)
-
-
 def dense_cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """[T] -log softmax(logits)[label]."""
     return -torch.log(logits_TV.softmax(-1)[torch.arange(len(labels_T)), labels_T])

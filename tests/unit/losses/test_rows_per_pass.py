@@ -38,7 +38,7 @@ def test_a_pass_takes_as_many_rows_as_it_is_told(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "shape", "sizes"),
     [
-        ("cpu", (5, 2**17), [2, 2, 1]),
+        ("cpu", (5, 2**16), [2, 2, 1]),
         ("cpu", (2, 2**19), [1, 1]),
         ("cpu", (0, 30), []),
         ("meta", (4096, 30), [4096]),
