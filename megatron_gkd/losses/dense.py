@@ -15,8 +15,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from megatron_gkd.losses.divergences import FAR, AdaptiveKL, Divergence, WeightedKL
-from megatron_gkd.losses.kernels import DenseKernels, make_kernels
+from megatron_gkd.losses.kernels import make_kernels
 from megatron_gkd.losses.kernels.eager import log_softmax_pair
+from megatron_gkd.losses.kernels.interface import DenseKernels
 from megatron_gkd.losses.token_loss import TokenLoss
 from megatron_gkd.losses.vocab_parallel import (
     SoftmaxStats,
@@ -63,8 +64,7 @@ def make_dense_loss(
         )
         return AdaptiveLoss(group, divergence.head_mass, forward, reverse)
     kernels = make_kernels(backend, divergence, temperatures, rows_per_pass)
-    kind = KLLoss if isinstance(divergence, WeightedKL) else SeparableLoss
-    return kind(group, kernels)
+    return (KLLoss if isinstance(divergence, WeightedKL) else SeparableLoss)(group, kernels)
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,7 @@ class AdaptiveLoss(TokenLoss):
     head_mass: float
     forward: KLLoss
     reverse: KLLoss
+    metric_names = ("forward_weight",)
 
     @override
     def rounds(self, student_TV: Tensor, teacher_TV: Tensor) -> Rounds:
@@ -201,11 +202,6 @@ class AdaptiveLoss(TokenLoss):
         return grad_TV.add_(
             self.reverse.gradient(student_TV, teacher_TV, reverse_TK, upstream_T - weighted_T)
         )
-
-    @property
-    @override
-    def metric_names(self) -> tuple[str, ...]:
-        return ("forward_weight",)
 
     @override
     def metrics(self, saved: Any) -> tuple[Tensor, ...]:

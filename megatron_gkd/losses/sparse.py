@@ -116,6 +116,7 @@ class BucketLoss(TokenLoss):
     divergence: Divergence
     temperature: float
     renormalize: bool = False
+    metric_names = ("retained_mass",)
 
     @override
     def rounds(self, student_TV: Tensor, target: SparseTarget) -> Rounds:
@@ -143,11 +144,6 @@ class BucketLoss(TokenLoss):
             -1, _spare_if_foreign(target.columns_TK, student_TV), saved.gradient_TB[:, :-1] * scale_T1
         )
         return out[:, :-1]
-
-    @property
-    @override
-    def metric_names(self) -> tuple[str, ...]:
-        return ("retained_mass",)
 
     @override
     def metrics(self, saved: BucketStats) -> tuple[Tensor, ...]:

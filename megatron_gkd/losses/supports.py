@@ -5,7 +5,7 @@ Shapes: T = tokens, V = real vocabulary entries held by this rank, K = chosen en
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,15 +41,7 @@ class Chosen(NamedTuple):
 
 
 Choice = Generator[Tensor, Tensor, Chosen]
-"""Yields this rank's numbers for a collective and is sent all ranks', as ``Rounds``."""
-
-
-class Chooser(Protocol):
-    """Chooses entries, the same on every rank."""
-
-    def choose(self, student_TV: Tensor, target: SupportTarget, rank: int, /) -> Choice:
-        """The entries, from the logits of both models."""
-        ...
+"""Yields this rank's numbers for a collective and is sent all ranks', as ``Rounds``; returns the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,7 @@ class SupportLoss(TokenLoss):
     choice has no gradient. saved = (the ``SparseTarget`` of the chosen entries, saved of the inner loss).
     """
 
-    chooser: Chooser
+    chooser: "TopK | SampledToken | HeadAndDraws"
     inner: BucketLoss | PartialSumLoss
     teacher_temperature: float
 
@@ -103,7 +95,7 @@ class TopK:
     of_student: bool
 
     def choose(self, student_TV: Tensor, target: SupportTarget, rank: int) -> Choice:
-        """Fulfils ``Chooser``; an entry that both models chose counts once."""
+        """The entries of each row; one that both models chose counts once."""
         models = [target.teacher_TV] * self.of_teacher + [student_TV] * self.of_student
         packed_RTC = yield torch.cat([_candidates(model_TV, self.k) for model_TV in models], -1)
         keys = [_winners(part, self.k) for part in packed_RTC.split(2 * self.k, -1)]
@@ -119,7 +111,7 @@ class SampledToken:
     """The token that follows in the sequence."""
 
     def choose(self, student_TV: Tensor, target: SupportTarget, rank: int) -> Choice:
-        """Fulfils ``Chooser``; no collective."""
+        """The entry of each row; no collective."""
         yield from ()
         columns_T1 = target.label_columns_T.unsqueeze(-1)
         is_owned_T1 = (columns_T1 >= 0) & (columns_T1 < student_TV.shape[-1])
@@ -141,7 +133,7 @@ class HeadAndDraws:
     temperatures: Temperatures
 
     def choose(self, student_TV: Tensor, target: SupportTarget, rank: int) -> Choice:
-        """Fulfils ``Chooser``."""
+        """The entries of each row."""
         teacher_TV = target.teacher_TV
         norms_T4 = normalizers(student_TV, teacher_TV, None, self.temperatures)[:, :4]
         uniform_TN = torch.rand(len(norms_T4), self.num_draws, dtype=norms_T4.dtype, device=norms_T4.device)

@@ -9,7 +9,7 @@ Shapes: T = tokens, V = real vocabulary entries held by this rank, K = numbers p
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,9 +61,11 @@ class TokenLoss(ABC):
 
     Attributes:
         group: Ranks that the vocabulary is split over, or ``None``.
+        metric_names: Names of ``metrics``, keys of ``METRIC_UNITS``.
     """
 
     group: Group
+    metric_names: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def rounds(self, student_TV: Tensor, target: Any, /) -> Rounds:
@@ -82,11 +84,6 @@ class TokenLoss(ABC):
         for rows in row_pieces(student_TV):
             piece, of_piece = rows_of((target, saved), rows)
             out_TV[rows] = self.gradient(student_TV[rows], piece, of_piece, upstream_T[rows])
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """Names of ``metrics``, keys of ``METRIC_UNITS``."""
-        return ()
 
     def metrics(self, saved: Any, /) -> tuple[Tensor, ...]:
         """[T] for each of ``metric_names``."""
@@ -196,7 +193,7 @@ class LimitedLoss(TokenLoss):
     @override
     def rounds(self, student_TV: Tensor, target: Any) -> Rounds:
         loss_T, saved = yield from self.inner.rounds(student_TV, target)
-        return self._limited(loss_T), (loss_T.abs() > self.limit, saved)
+        return loss_T.clamp(-self.limit, self.limit), (loss_T.abs() > self.limit, saved)
 
     @override
     def write_gradient(
@@ -204,16 +201,15 @@ class LimitedLoss(TokenLoss):
     ) -> None:
         is_beyond_T, of_inner = saved
         self.inner.write_gradient(student_TV, target, of_inner, upstream_T, out_TV)
-        out_TV.masked_fill_(
-            is_beyond_T.unsqueeze(-1), 0.0
-        )  # a factor 0 would keep the NaN of an infinite loss
+        # a factor 0 would keep the NaN of an infinite loss
+        out_TV.masked_fill_(is_beyond_T.unsqueeze(-1), 0.0)
 
     @override
     def differentiate_rounds_(self, student_TV: Tensor, target: Any, upstream_T: Tensor) -> Rounds:
         loss_T, of_inner = yield from self.inner.differentiate_rounds_(student_TV, target, upstream_T)
         is_beyond_T = loss_T.abs() > self.limit
         student_TV.masked_fill_(is_beyond_T.unsqueeze(-1), 0.0)
-        return self._limited(loss_T), (is_beyond_T, of_inner)
+        return loss_T.clamp(-self.limit, self.limit), (is_beyond_T, of_inner)
 
     @property
     @override
@@ -224,6 +220,3 @@ class LimitedLoss(TokenLoss):
     def metrics(self, saved: Any) -> tuple[Tensor, ...]:
         is_beyond_T, of_inner = saved
         return (is_beyond_T.float(), *self.inner.metrics(of_inner))
-
-    def _limited(self, loss_T: Tensor) -> Tensor:
-        return loss_T.clamp(-self.limit, self.limit)

@@ -175,7 +175,5 @@ def check_order(rank, world_size, divergence):
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-def test_the_collectives_of_a_chunk_are_on_their_way_while_the_next_chunk_is_computed(
-    run_on_ranks, divergence
-):
+def test_the_collectives_of_a_chunk_are_in_flight_during_the_next_chunk(run_on_ranks, divergence):
     run_on_ranks(2, check_order, divergence)

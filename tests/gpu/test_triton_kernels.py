@@ -16,7 +16,9 @@ ROWS_BEYOND_INT32 = 2**31 // VOCAB + 8
 @pytest.mark.parametrize(("name", "how"), DIVERGENCE_CASES, ids=CASE_NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_value_and_gradient_are_those_of_float64(name, how, dtype):
-    checks.check_value_and_gradient("cuda", name, how, dtype, 3.0, 1e-6, 24, VOCAB)
+    checks.check_value_and_gradient(
+        "cuda", name, how, dtype=dtype, scale=3.0, bound=1e-6, tokens=24, vocab=VOCAB
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_gkd.losses import DIVERGENCES
+
+SEPARABLE = [name for name in DIVERGENCES if name != "adaptive_kl"]
+"""Divergences that are a sum over entries."""
+
 DIVERGENCE_CASES = (
     ("forward_kl", {}),
     ("reverse_kl", {}),

@@ -56,6 +56,7 @@ def check_value_and_gradient(
     device: str,
     name: str,
     how: dict,
+    *,
     dtype: torch.dtype,
     scale: float,
     bound: float,

@@ -35,6 +35,3 @@ def make_kernels(
         is_required = backend == "triton"
         return TritonKernels(divergence, temperatures, rows_per_pass, eager=eager, is_required=is_required)
     return eager
-
-
-__all__ = ["BACKENDS", "DenseKernels", "make_kernels"]

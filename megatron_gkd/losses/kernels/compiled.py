@@ -38,7 +38,7 @@ class CompiledKernels(DenseKernels):
         if not _can_fuse(student_TV, teacher_TV):
             return self.eager.first(student_TV, teacher_TV)
         packed_TK = numbers_per_row(student_TV, self.num_first)
-        how = (eager.first_pass(self.divergence), self.divergence, self.temperatures)
+        how = (self.eager.passes[0], self.divergence, self.temperatures)
         self._run(_first, how, student_TV, teacher_TV, packed_TK)
         close_T = eager.close_rows(packed_TK, self.divergence)
         if close_T is not None:
@@ -59,23 +59,19 @@ class CompiledKernels(DenseKernels):
 
     @override
     def gradient(
-        self,
-        student_TV: Tensor,
-        teacher_TV: Tensor,
-        stats_TK: Tensor,
-        factor_T: Tensor,
-        out_TV: Tensor | None,
+        self, student_TV: Tensor, teacher_TV: Tensor, stats_TK: Tensor, grad_T: Tensor, out_TV: Tensor | None
     ) -> None:
         dtypes = student_TV.dtype, torch.float32
         if not _can_fuse(student_TV, teacher_TV) or (out_TV is not None and out_TV.dtype not in dtypes):
-            self.eager.gradient(student_TV, teacher_TV, stats_TK, factor_T, out_TV)
+            self.eager.gradient(student_TV, teacher_TV, stats_TK, grad_T, out_TV)
             return
         # what is compiled writes to its first tensor, which holds the student's logits: one compilation serves both a
         # gradient in their storage and one elsewhere
         is_elsewhere = out_TV is not None and out_TV.data_ptr() != student_TV.data_ptr()
         source_TV = student_TV if is_elsewhere else None
-        numbers = stats_TK.contiguous(), factor_T.contiguous()
-        how = (eager.gradient_pass(self.divergence, out_TV), self.divergence, self.temperatures)
+        numbers = stats_TK.contiguous(), grad_T.contiguous()
+        function = eager.assembled_ if out_TV is None else self.eager.passes[1]
+        how = (function, self.divergence, self.temperatures)
         first_TV = student_TV if out_TV is None else out_TV
         self._run(_gradient, how, first_TV, teacher_TV, *numbers, source_TV=source_TV)
 
@@ -139,7 +135,7 @@ def _second(student_TV, teacher_TV, norms_T5, out_T2, overwrite, divergence, tem
         teacher_TV.copy_(q_TV)
 
 
-def _gradient(student_TV, teacher_TV, stats_TK, factor_T, function, divergence, temperatures):
-    grad_TV = function(student_TV, teacher_TV, stats_TK, factor_T, divergence, temperatures)
+def _gradient(student_TV, teacher_TV, stats_TK, grad_T, function, divergence, temperatures):
+    grad_TV = function(student_TV, teacher_TV, stats_TK, grad_T, divergence, temperatures)
     if function is not eager.assembled_:  # which works in the storage of its first argument
         student_TV.copy_(grad_TV)

@@ -8,6 +8,7 @@ Shapes: T = tokens, V = real vocabulary entries held by this rank, K = numbers p
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,13 +39,18 @@ _CLOSE_KL = 1 / 32
 class EagerKernels(DenseKernels):
     """``second`` may keep r and q in the storage of the two logits."""
 
+    @cached_property
+    def passes(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """The functions of one piece behind ``first`` and ``gradient``."""
+        is_kl = isinstance(self.divergence, WeightedKL)
+        return (kl_sums, kl_gradient) if is_kl else (normalizers, entry_gradient)
+
     @override
     def first(self, student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
         first_TK, how = numbers_per_row(student_TV, self.num_first), (self.divergence, self.temperatures)
-        function = first_pass(self.divergence)
         for rows in row_pieces(student_TV, self.rows_per_pass):
             x_TV, y_TV, of_piece_TK = student_TV[rows], teacher_TV[rows], first_TK[rows]
-            of_piece_TK.copy_(function(x_TV, y_TV, *how))
+            of_piece_TK.copy_(self.passes[0](x_TV, y_TV, *how))
             close_T = close_rows(of_piece_TK, self.divergence)
             if close_T is not None:
                 close = x_TV[close_T], y_TV[close_T], of_piece_TK[close_T]
@@ -65,17 +71,12 @@ class EagerKernels(DenseKernels):
 
     @override
     def gradient(
-        self,
-        student_TV: Tensor,
-        teacher_TV: Tensor,
-        stats_TK: Tensor,
-        factor_T: Tensor,
-        out_TV: Tensor | None,
+        self, student_TV: Tensor, teacher_TV: Tensor, stats_TK: Tensor, grad_T: Tensor, out_TV: Tensor | None
     ) -> None:
-        gradient = gradient_pass(self.divergence, out_TV)
+        gradient = assembled_ if out_TV is None else self.passes[1]
         out_TV = student_TV if out_TV is None else out_TV
         for rows in row_pieces(student_TV, self.rows_per_pass):
-            numbers = stats_TK[rows], factor_T[rows]
+            numbers = stats_TK[rows], grad_T[rows]
             out_TV[rows] = gradient(
                 student_TV[rows], teacher_TV[rows], *numbers, self.divergence, self.temperatures
             )
@@ -157,12 +158,12 @@ def assembled_(
     r_TV: Tensor,
     q_TV: Tensor,
     stats_T6: Tensor,
-    factor_T: Tensor,
+    grad_T: Tensor,
     divergence: Divergence,
     temperatures: Temperatures,
 ) -> Tensor:
     """Gradient from r, q and E, in the storage of r."""
-    scale_T1 = factor_T.unsqueeze(-1) / temperatures.student
+    scale_T1 = grad_T.unsqueeze(-1) / temperatures.student
     return r_TV.addcmul_(q_TV, stats_T6[:, 5:], value=-1).mul_(scale_T1)
 
 
@@ -170,53 +171,41 @@ def entry_gradient(
     student_TV: Tensor,
     teacher_TV: Tensor,
     stats_T6: Tensor,
-    factor_T: Tensor,
+    grad_T: Tensor,
     divergence: Divergence,
     temperatures: Temperatures,
 ) -> Tensor:
     """``DenseKernels.gradient`` of any divergence that is no weighted KL, for one piece, as a new tensor."""
     _, r_TV, q_TV = entries(student_TV, teacher_TV, stats_T6[:, :5], divergence, temperatures)
-    return assembled_(r_TV, q_TV, stats_T6, factor_T, divergence, temperatures)
+    return assembled_(r_TV, q_TV, stats_T6, grad_T, divergence, temperatures)
 
 
 def kl_gradient(
     student_TV: Tensor,
     teacher_TV: Tensor,
     stats_T5: Tensor,
-    factor_T: Tensor,
+    grad_T: Tensor,
     kl: WeightedKL,
     temperatures: Temperatures,
 ) -> Tensor:
     """``DenseKernels.gradient`` of a weighted KL, for one piece, as a new tensor."""
     max_x_T1, sum_x_T1, max_y_T1, sum_y_T1, shift_T1 = stats_T5.split(1, -1)
-    factor_T1 = factor_T.unsqueeze(-1) / temperatures.student
+    grad_T1 = grad_T.unsqueeze(-1) / temperatures.student
     x_TV = shifted(student_TV, max_x_T1, temperatures.student)
     y_TV = shifted(teacher_TV, max_y_T1, temperatures.teacher)
     log_ratio_TV = x_TV - y_TV if kl.reverse else None
     q_TV, p_TV, grad_TV = exp_(x_TV), exp_(y_TV), None
     if log_ratio_TV is not None:
         log_ratio_TV.add_(shift_T1)
-        scale_T1 = kl.reverse * factor_T1 / sum_x_T1 + nan_if_not_positive(sum_x_T1, sum_y_T1)
+        scale_T1 = kl.reverse * grad_T1 / sum_x_T1 + nan_if_not_positive(sum_x_T1, sum_y_T1)
         grad_TV = times_(log_ratio_TV, q_TV).mul_(scale_T1)
     if kl.forward:
         # products and difference are rounded one by one: a fused multiply-add would not be 0 where p = q
-        scale_T1 = kl.forward * factor_T1
+        scale_T1 = kl.forward * grad_T1
         difference_TV = q_TV.mul_(scale_T1 / sum_x_T1).sub_(p_TV.mul_(scale_T1 / sum_y_T1))
         grad_TV = difference_TV if grad_TV is None else grad_TV.add_(difference_TV)
     assert grad_TV is not None  # a WeightedKL has a direction
     return grad_TV
-
-
-def first_pass(divergence: Divergence) -> Callable[..., Tensor]:
-    """The function of one piece behind ``DenseKernels.first``."""
-    return kl_sums if isinstance(divergence, WeightedKL) else normalizers
-
-
-def gradient_pass(divergence: Divergence, out_TV: Tensor | None) -> Callable[..., Tensor]:
-    """The function of one piece behind ``DenseKernels.gradient``."""
-    if out_TV is None:
-        return assembled_
-    return kl_gradient if isinstance(divergence, WeightedKL) else entry_gradient
 
 
 def log_softmax_pair(

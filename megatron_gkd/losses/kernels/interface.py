@@ -64,24 +64,19 @@ class DenseKernels(ABC):
 
     @abstractmethod
     def gradient(
-        self,
-        student_TV: Tensor,
-        teacher_TV: Tensor,
-        stats_TK: Tensor,
-        factor_T: Tensor,
-        out_TV: Tensor | None,
+        self, student_TV: Tensor, teacher_TV: Tensor, stats_TK: Tensor, grad_T: Tensor, out_TV: Tensor | None
     ) -> None:
-        """Write factor * d divergence / d logits of the student.
+        """Write grad * d divergence / d logits of the student.
 
-        Of a weighted KL factor (forward (q - p) + reverse q (log q - log p - KL(q || p))) / temperature, exactly 0 where
+        Of a weighted KL grad (forward (q - p) + reverse q (log q - log p - KL(q || p))) / temperature, exactly 0 where
         p = q; ``stats_TK`` is M_x, S_x, M_y, S_y, log(S_y / S_x) - KL(q || p). Of any other divergence
-        factor (r - q E) / temperature; ``stats_TK`` is ``norms_T5`` and E = sum_v r_v.
+        grad (r - q E) / temperature; ``stats_TK`` is ``norms_T5`` and E = sum_v r_v.
 
         Args:
             student_TV: Student's logits.
             teacher_TV: Teacher's logits.
             stats_TK: Numbers of the whole vocabulary.
-            factor_T: Factor of each row.
+            grad_T: Upstream gradient of each row.
             out_TV: Any float dtype; may be the storage of ``student_TV``. ``None``: ``second`` ran with ``overwrite``, and the
                 gradient takes the place of the student's logits.
         """

@@ -61,16 +61,11 @@ class TritonKernels(DenseKernels):
 
     @override
     def gradient(
-        self,
-        student_TV: Tensor,
-        teacher_TV: Tensor,
-        stats_TK: Tensor,
-        factor_T: Tensor,
-        out_TV: Tensor | None,
+        self, student_TV: Tensor, teacher_TV: Tensor, stats_TK: Tensor, grad_T: Tensor, out_TV: Tensor | None
     ) -> None:
         target_TV = student_TV if out_TV is None else out_TV
         if not self._can_run(student_TV, teacher_TV, target_TV):
-            self.eager.gradient(student_TV, teacher_TV, stats_TK, factor_T, out_TV)
+            self.eager.gradient(student_TV, teacher_TV, stats_TK, grad_T, out_TV)
             return
         kl = self.divergence
         if isinstance(kl, WeightedKL):
@@ -80,7 +75,7 @@ class TritonKernels(DenseKernels):
             kernel, scalars, flags = _kernels().entry_gradient, (weight,), {"FORMULA": formula}
         # one program for each tile of each row; a grid may be long along its first axis only
         grid = student_TV.shape[0], -(-student_TV.shape[1] // TILE)
-        numbers = stats_TK.contiguous(), factor_T.contiguous()
+        numbers = stats_TK.contiguous(), grad_T.contiguous()
         self._launch(
             kernel, grid, (student_TV, teacher_TV, target_TV), numbers, *map(float, scalars), **flags
         )

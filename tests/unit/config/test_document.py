@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_gkd.config import ConfigError, GkdConfig, document, load_config
+from megatron_gkd.config.loss import LossOptions, LossSettings
 from tests.support.processes import ROOT
 
 
@@ -29,3 +30,7 @@ def test_the_file_of_defaults_alone_names_what_is_required():
     for key in ("data.prompts", "train.global_batch_size", "train.output_dir"):
         assert f"{key}: is required" in str(caught.value)
     assert "student: give exactly one of hf and checkpoint" in str(caught.value)
+
+
+def test_the_options_of_the_public_losses_are_the_settings():
+    assert list(LossOptions.__annotations__) == list(LossSettings.model_fields)

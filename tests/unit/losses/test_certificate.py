@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from megatron_gkd.cli import verify_loss
 from megatron_gkd.config import load_config
@@ -147,7 +146,7 @@ def test_the_tool_certifies_the_chunk_and_the_back_end_that_the_trainer_takes(
     for model in ("student", "teacher"):
         write_hf_config(Path(tree[model]["hf"]), vocab_size=49_152)
     tree["train"]["train_iters"] = train_iters
-    config_file.write_text(yaml.safe_dump(tree))
+    write_tree(config_file, tree)
     options = verify_loss._parse(["--config", str(config_file), *layout])
     (case,) = verify_loss._cases(options, options.tp or 1, CPU)
     assert (case.settings.backend, case.tokens_per_chunk) == (backend, tokens_per_chunk)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_gkd.losses import DIVERGENCES, distill_loss, vocab_parallel
+from megatron_gkd.losses import DIVERGENCES, distill_loss
 from megatron_gkd.losses.divergences import Separable
 from megatron_gkd.losses.verify.reference import dense_divergence, relative_error
 from tests.support.counting import counted
@@ -21,12 +21,6 @@ from tests.support.loss_cases import (
     make_logits,
     make_upstream,
 )
-
-
-@pytest.fixture
-def small_pieces(monkeypatch):
-    """Elementwise passes over one to three rows, so that every loop over pieces runs several times."""
-    monkeypatch.setattr(vocab_parallel, "_ELEMENTS_PER_PIECE", 1500)
 
 
 def dense_value_and_gradient(student, teacher, name, how, upstream):

@@ -14,7 +14,7 @@ from megatron_gkd.losses import DIVERGENCES
 from megatron_gkd.losses.divergences import ESTIMATORS, WeightedKL, make_divergence, make_estimator
 from megatron_gkd.losses.kernels import BACKENDS
 from megatron_gkd.losses.verify.reference import dense_formula
-from tests.support.loss_cases import make_logits
+from tests.support.loss_cases import SEPARABLE, make_logits
 
 PARAMETERS = {"beta": 0.3, "alpha": 0.1, "weight": 0.4}
 
@@ -22,9 +22,6 @@ PARAMETERS = {"beta": 0.3, "alpha": 0.1, "weight": 0.4}
 def make_log_probs():
     student, teacher = make_logits(tokens=6, vocab=40)
     return teacher.log_softmax(-1), student.log_softmax(-1)
-
-
-SEPARABLE = [name for name in DIVERGENCES if name != "adaptive_kl"]
 
 
 @pytest.mark.parametrize("name", SEPARABLE)

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_gkd.losses import DIVERGENCES, linear_cross_entropy, linear_distill_loss, vocab_parallel
+from megatron_gkd.losses import DIVERGENCES, linear_cross_entropy, linear_distill_loss
 from megatron_gkd.losses.verify.reference import dense_cross_entropy, dense_divergence, relative_error
 from tests.support.counting import counted
 from tests.support.loss_cases import (
@@ -25,10 +25,7 @@ from tests.support.loss_cases import (
 CROSS_ENTROPY = ("cross_entropy", {})
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    """Elementwise passes over one to three rows, so that every loop over pieces runs several times."""
-    monkeypatch.setattr(vocab_parallel, "_ELEMENTS_PER_PIECE", 1500)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 class Case:

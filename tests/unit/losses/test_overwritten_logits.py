@@ -8,16 +8,12 @@ import math
 import pytest
 import torch
 
-from megatron_gkd.losses import DIVERGENCES, distill_loss, vocab_parallel
+from megatron_gkd.losses import DIVERGENCES, distill_loss
 from megatron_gkd.losses.verify.reference import dense_divergence, relative_error
 from tests.support.counting import counted
 from tests.support.loss_cases import CASE_NAMES, DIVERGENCE_CASES, make_logits, make_upstream
 
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    """Elementwise passes over one to three rows, so that every loop over pieces runs several times."""
-    monkeypatch.setattr(vocab_parallel, "_ELEMENTS_PER_PIECE", 1500)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 def dense(student, teacher, name, how, weight):

@@ -15,6 +15,7 @@ from megatron_gkd.losses.divergences import make_divergence
 from megatron_gkd.losses.verify.reference import dense_divergence, relative_error
 from megatron_gkd.losses.vocab_parallel import Temperatures
 from tests.support.loss_cases import (
+    SEPARABLE,
     make_independent_logits,
     make_labels,
     make_linear_inputs,
@@ -26,7 +27,6 @@ from tests.unit.losses.test_rounds import FakeGroup, in_step
 pytestmark = pytest.mark.timeout(300)
 
 KLS = ("forward_kl", "reverse_kl", "mixed_kl")
-SEPARABLE = [name for name in DIVERGENCES if name != "adaptive_kl"]
 
 
 def value_and_gradient(name, student, teacher, *, backend, tp):
@@ -56,6 +56,18 @@ def test_the_kl_of_similar_models_keeps_its_digits(name, backend, tp, distance, 
     loss, _ = value_and_gradient(name, student, teacher, backend=backend, tp=tp)
     assert loss.ge(0).all()
     assert relative_error(loss, want) <= bound
+
+
+@pytest.mark.parametrize("name", KLS)
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("num_similar", [1, 5])
+def test_similar_and_other_models_keep_their_digits_in_one_batch(name, backend, num_similar):
+    student, teacher = make_independent_logits(tokens=8, vocab=2000, std=3.0)
+    student[:num_similar], teacher[:num_similar] = make_similar_logits(num_similar, vocab=2000, distance=1e-3)
+    want = dense_divergence(student, teacher, name)
+    loss, _ = value_and_gradient(name, student, teacher, backend=backend, tp=2)
+    assert relative_error(loss[:num_similar], want[:num_similar]) <= 1e-4
+    assert relative_error(loss[num_similar:], want[num_similar:]) <= 1e-6
 
 
 @pytest.mark.parametrize("name", KLS)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from megatron_gkd.losses import distill_loss
+from megatron_gkd.losses.divergences import WeightedKL
 from megatron_gkd.losses.kernels import eager
-from megatron_gkd.losses.vocab_parallel import row_pieces
+from megatron_gkd.losses.vocab_parallel import Temperatures, row_pieces
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
@@ -28,10 +29,12 @@ def test_a_pass_takes_as_many_rows_as_it_is_told(monkeypatch):
 
     def noted(student_TV, *rest):
         sizes.append(len(student_TV))
-        return eager.kl_sums(student_TV, *rest)
+        return kl_sums(student_TV, *rest)
 
-    monkeypatch.setattr(eager, "first_pass", lambda divergence: noted)
-    distill_loss(torch.zeros(5, 30), torch.ones(5, 30), divergence="forward_kl", rows_per_pass=2)
+    kl_sums = eager.kl_sums
+    monkeypatch.setattr(eager, "kl_sums", noted)
+    kernels = eager.EagerKernels(WeightedKL(1.0, 0.0), Temperatures(1.0, 1.0), rows_per_pass=2)
+    kernels.first(torch.zeros(5, 30), torch.ones(5, 30))
     assert sizes == [2, 2, 1]
 
 

@@ -11,13 +11,11 @@ import torch
 
 from megatron_gkd.config.loss import LossSettings
 from megatron_gkd.losses import (
-    DIVERGENCES,
     DistillLoss,
     distill_loss,
     linear_distill_loss,
     linear_top_k_distill_loss,
     top_k_distill_loss,
-    vocab_parallel,
 )
 from megatron_gkd.losses.fused_linear import LMHead
 from megatron_gkd.losses.verify.reference import (
@@ -28,6 +26,7 @@ from megatron_gkd.losses.verify.reference import (
     relative_error,
 )
 from tests.support.loss_cases import (
+    SEPARABLE,
     TOP_K_CASES,
     make_known_entries,
     make_labels,
@@ -37,17 +36,13 @@ from tests.support.loss_cases import (
 )
 
 TAILS = ["bucket", "renormalize", "none"]
-SEPARABLE = [name for name in DIVERGENCES if name != "adaptive_kl"]
 CASE_IDS = [f"{name} {how} {tail}" for name, how, tail in TOP_K_CASES]
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    """Elementwise passes over one to three rows, so that every loop over pieces runs several times."""
-    monkeypatch.setattr(vocab_parallel, "_ELEMENTS_PER_PIECE", 1500)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
-def dense_value_and_gradient(student, entries, name, tail, how, upstream):
+def dense_value_and_gradient(student, entries, upstream, name, *, tail, how):
     student = student.clone().requires_grad_()
     value = dense_top_k(student, *dense_known(*entries, student.shape[1]), name, tail, **how)
     (value * upstream).sum().backward()
@@ -63,7 +58,7 @@ def test_top_k_value_and_gradient_are_those_of_float64(name, how, tail, dtype, b
     student, upstream = student.to(dtype).double(), make_upstream(24)
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     entries = make_known_entries(teacher, dtype=accumulated)
-    want, want_grad = dense_value_and_gradient(student, entries, name, tail, how, upstream)
+    want, want_grad = dense_value_and_gradient(student, entries, upstream, name, tail=tail, how=how)
     mine = student.to(dtype).requires_grad_()
     loss = top_k_distill_loss(mine, *entries, divergence=name, tail=tail, **how)
     (loss * upstream.to(loss.dtype)).sum().backward()

@@ -41,9 +41,9 @@ def set_variables(variables):
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """``interpreted(name, *args)`` runs a check of ``tests.support.triton_checks`` under the interpreter."""
+    """``interpreted(name, ...)`` runs a check of ``tests.support.triton_checks`` under the interpreter."""
     with other_process({"TRITON_INTERPRET": "1"}) as process:
-        yield lambda name, *args: process.submit(run_check, name, *args).result()
+        yield lambda name, *args, **how: process.submit(run_check, name, *args, **how).result()
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,11 @@ def compiled(tmp_path_factory):
         yield lambda *args: process.submit(compile_kernel, *args).result()
 
 
-def run_check(name, *args):
+def run_check(name, *args, **how):
     from tests.support import triton_checks
 
     with triton_checks.small_tiles():
-        getattr(triton_checks, name)("cpu", *args)
+        getattr(triton_checks, name)("cpu", *args, **how)
 
 
 def compile_kernel(name, logits, constants):
@@ -69,18 +69,18 @@ def compile_kernel(name, logits, constants):
 
 @pytest.mark.parametrize(("name", "how"), DIVERGENCE_CASES, ids=CASE_NAMES)
 def test_value_and_gradient_are_those_of_float64(interpreted, name, how):
-    interpreted("check_value_and_gradient", name, how, torch.float32, 3.0, 1e-6, 5)
+    interpreted("check_value_and_gradient", name, how, dtype=torch.float32, scale=3.0, bound=1e-6, tokens=5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_with_a_wide_range(interpreted, name):
-    interpreted("check_value_and_gradient", name, {}, torch.float32, 30.0, 2e-6, 16)
+    interpreted("check_value_and_gradient", name, {}, dtype=torch.float32, scale=30.0, bound=2e-6, tokens=16)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_of_16_bits_are_read_exactly(interpreted, name, dtype):
-    interpreted("check_value_and_gradient", name, {}, dtype, 3.0, 1e-6, 5)
+    interpreted("check_value_and_gradient", name, {}, dtype=dtype, scale=3.0, bound=1e-6, tokens=5)
 
 
 @pytest.mark.parametrize("name", NAMES)
