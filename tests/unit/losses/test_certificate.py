@@ -20,6 +20,7 @@ from megatron_gkd.losses.verify.certificate import certify, loss_of_training
 from megatron_gkd.losses.verify.problem import Case, every_case
 from megatron_gkd.platform import products
 from megatron_gkd.train.loss import cases_of_run
+from tests.support.run_config import write_tree
 from tests.unit.config.conftest import write_hf_config
 
 CPU = torch.device("cpu")
