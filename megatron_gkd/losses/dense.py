@@ -35,8 +35,8 @@ _LOWEST_LOG_P = -20.0
 """A head of mass m has its threshold at p >= (1 - m) / vocabulary: all entries below that hold less than 1 - m."""
 _HIGHEST_LOG_P = 1e-3
 """Above 0, because rounding may be."""
-_MAX_SUM_OF_PEAKED = 4.0
-"""No row is far whose most probable entry has less than a fourth of the mass: r - q E does not cancel there."""
+_MAX_SUM_OF_PEAKED = 16.0
+"""No row is far whose most probable entry has less mass than 1/16: few entries with all mass make r - q E cancel."""
 _NUM_BINS = 64
 _NUM_HISTOGRAMS = 3
 
@@ -96,23 +96,23 @@ class KLLoss(_KernelLoss):
         max_x_RT, sum_x_RT, max_y_RT, sum_y_RT, *of_shards = first_RTK.unbind(-1)
         student = SoftmaxStats.merged(max_x_RT, sum_x_RT, temperatures.student)
         teacher = SoftmaxStats.merged(max_y_RT, sum_y_RT, temperatures.teacher)
-        q_RT = sum_x_RT * ((max_x_RT - student.max_T) / temperatures.student).exp() / student.sumexp_T
-        p_RT = sum_y_RT * ((max_y_RT - teacher.max_T) / temperatures.teacher).exp() / teacher.sumexp_T
+        log_q_RT = sum_x_RT.log() + (max_x_RT - student.max_T) / temperatures.student - student.sumexp_T.log()
+        log_p_RT = sum_y_RT.log() + (max_y_RT - teacher.max_T) / temperatures.teacher - teacher.sumexp_T.log()
         loss_T = shift_T = nan_if_not_positive(student.sumexp_T, teacher.sumexp_T)
         if kl.forward:
-            loss_T = loss_T + kl.forward * _merged_kl(of_shards[0], p_RT, q_RT)
+            loss_T = loss_T + kl.forward * _merged_kl(of_shards[0], log_p_RT, log_q_RT)
         if kl.reverse:
-            reverse_kl_T = _merged_kl(of_shards[-1], q_RT, p_RT)
+            reverse_kl_T = _merged_kl(of_shards[-1], log_q_RT, log_p_RT)
             loss_T = loss_T + kl.reverse * reverse_kl_T
             shift_T = teacher.sumexp_T.log() - student.sumexp_T.log() - reverse_kl_T
         dtype = accumulation_dtype(student_TV.dtype)
         return loss_T.to(dtype), torch.stack([*student, *teacher, shift_T], -1).to(dtype)
 
 
-def _merged_kl(kl_RT: Tensor, a_RT: Tensor, b_RT: Tensor) -> Tensor:
+def _merged_kl(kl_RT: Tensor, log_a_RT: Tensor, log_b_RT: Tensor) -> Tensor:
     """[T] KL(a || b) by the chain rule: that of the masses of the shards, and the mean of those within the shards."""
-    log_ratio_RT = torch.where(b_RT == 0, torch.inf, kl_RT + a_RT.log() - b_RT.log())
-    return times_(log_ratio_RT, a_RT).sum(0).clamp(min=0)
+    log_ratio_RT = torch.where(log_b_RT == -torch.inf, torch.inf, kl_RT + log_a_RT - log_b_RT)
+    return times_(log_ratio_RT, log_a_RT.exp()).sum(0).clamp(min=0)
 
 
 @dataclass(frozen=True)

@@ -89,12 +89,13 @@ class WeightedKL(Divergence):
     def __call__(self, log_p: Tensor, log_q: Tensor, top_ratio: Tensor | None = None) -> Entries:
         """(value, r); +inf where the first argument of a KL has mass and the second has none."""
         value = r = torch.zeros_like(log_q)
+        p, q = exp(log_p), exp(log_q)
         if self.forward:
-            value = value + self.forward * _kl_terms(log_p, log_q, log_p - log_q)
-            r = r + self.forward * (exp(log_q) - exp(log_p))
+            value = value + self.forward * kl_entries(p, q, log_q - log_p, log_p - log_q)
+            r = r + self.forward * (q - p)
         if self.reverse:
-            value = value + self.reverse * _kl_terms(log_q, log_p, log_q - log_p)
-            r = r + self.reverse * times_(log_q - log_p, exp(log_q))
+            value = value + self.reverse * kl_entries(q, p, log_p - log_q, log_q - log_p)
+            r = r + self.reverse * times_(log_q - log_p, q)
         return value, r
 
 
@@ -143,11 +144,11 @@ class SkewForwardKL(Divergence):
         """R = (1 - alpha) q (1 - p / m), without the 1 in far rows."""
         far = _is_far(top_ratio)
         log_p_over_m, _ = _log_ratios_to_mixture(log_p, log_q, self.alpha, far)
-        ratio = expm1(log_p_over_m)
+        ratio, p, q = expm1(log_p_over_m), exp(log_p), exp(log_q)
         if far is not None:
             ratio = mixed_(ratio, exp(log_p_over_m).div_(self.alpha), far)
-        r = times_(ratio, exp(log_q)).mul_(self.alpha - 1)
-        return _kl_terms(log_p, log_q, log_p_over_m, share_b=1 - self.alpha), r
+        r = times_(ratio, q).mul_(self.alpha - 1)
+        return kl_entries(p, q, log_q - log_p, log_p_over_m, 1 - self.alpha), r
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,9 @@ class SkewReverseKL(Divergence):
         log_q_over_m = _log_ratios_to_mixture(log_p, log_q, 1 - self.alpha, far)[1].neg_()
         # in far rows the factor alpha is in log_q_over_m
         share = self.alpha if far is None else self.alpha + (1 - self.alpha) * far
-        r = times_(log_q_over_m - expm1(log_q_over_m).mul_(share), exp(log_q))
-        return _kl_terms(log_q, log_p, log_q_over_m, share_b=1 - self.alpha), r
+        p, q = exp(log_p), exp(log_q)
+        r = times_(log_q_over_m - expm1(log_q_over_m).mul_(share), q)
+        return kl_entries(q, p, log_p - log_q, log_q_over_m, 1 - self.alpha), r
 
 
 @dataclass(frozen=True)
@@ -315,15 +317,16 @@ def make_estimator(name: str, *, policy_gradient: bool) -> Separable:
     return Separable(entries)
 
 
-def _kl_terms(log_a: Tensor, log_b: Tensor, log_a_over_m: Tensor, share_b: float = 1.0) -> Tensor:
+def kl_entries(
+    a: Tensor, b: Tensor, log_b_over_a: Tensor, log_a_over_m: Tensor, share_b: float = 1.0
+) -> Tensor:
     """Entries a log(a / m) - a + m of m = (1 - share_b) a + share_b b: at least 0; of second order where a is near b.
 
     The three are added before a multiplies them: the rounding of the logarithms, larger than the divergence of similar
-    models, cancels. An a far below b is replaced by b e^-60, so that nothing overflows: beside b both are 0.
+    models, cancels. Of b only e a is in that sum, so that it cannot overflow; the rest is added to it.
     """
-    log_a = torch.maximum(log_a, log_b - 60)
-    growth = expm1(log_b - log_a).mul_(share_b)
-    return times_(growth.add_(log_a_over_m.clamp(min=-300)), exp(log_a))
+    growth = expm1(log_b_over_a.clamp(max=1)).mul_(share_b).add_(log_a_over_m)
+    return times_(growth, a).add_((b - math.e * a).clamp_(min=0).mul_(share_b))
 
 
 def _is_far(top_ratio: Tensor | None) -> Tensor | None:

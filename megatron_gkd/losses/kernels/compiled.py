@@ -42,9 +42,11 @@ class CompiledKernels(DenseKernels):
         self._run(_first, how, student_TV, teacher_TV, packed_TK)
         close_T = eager.close_rows(packed_TK, self.divergence)
         if close_T is not None:
-            close_TK, how = packed_TK[close_T], (self.divergence, self.temperatures)
-            self._run(_close, how, student_TV[close_T], teacher_TV[close_T], close_TK)
-            packed_TK[close_T] = close_TK
+            for rows in _row_passes(len(close_T), student_TV.shape[1], self.rows_per_pass):
+                part_T = close_T[rows]
+                close_TK, how = packed_TK[part_T], (self.divergence, self.temperatures)
+                self._run(_close, how, student_TV[part_T], teacher_TV[part_T], close_TK)
+                packed_TK[part_T] = close_TK
         return packed_TK
 
     @override
@@ -82,7 +84,7 @@ class CompiledKernels(DenseKernels):
         run, (first_TV, *others) = _compiled(function, *how), [tensor.detach() for tensor in tensors]
         # one state for all callers: what is compiled depends on gradients, and nothing is compiled in a dispatch mode
         with torch.no_grad(), _disable_current_modes():
-            for rows in _row_passes(first_TV, self.rows_per_pass):
+            for rows in _row_passes(first_TV.shape[0], first_TV.shape[1], self.rows_per_pass):
                 if source_TV is not None:
                     first_TV[rows] = source_TV[rows]
                 run(first_TV[rows], *(tensor[rows] for tensor in others))
@@ -98,9 +100,8 @@ def _can_fuse(student_TV: Tensor, teacher_TV: Tensor) -> bool:
     )
 
 
-def _row_passes(logits_TV: Tensor, rows_per_pass: int | None) -> Iterator[slice]:
+def _row_passes(num_rows: int, num_columns: int, rows_per_pass: int | None) -> Iterator[slice]:
     """Slices of at least two rows."""
-    num_rows, num_columns = logits_TV.shape
     wanted = rows_per_pass or _ELEMENTS_PER_PASS // num_columns
     num_passes = max(1, num_rows // max(2, wanted))
     bounds = [num_rows * i // num_passes for i in range(num_passes + 1)]

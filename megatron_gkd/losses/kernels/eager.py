@@ -5,7 +5,6 @@ The functions of one piece are also what the compiled back end fuses.
 Shapes: T = tokens, V = real vocabulary entries held by this rank, K = numbers per token.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +14,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from megatron_gkd.losses.divergences import Divergence, WeightedKL
+from megatron_gkd.losses.divergences import Divergence, WeightedKL, kl_entries
 from megatron_gkd.losses.kernels.interface import DenseKernels
 from megatron_gkd.losses.vocab_parallel import (
     Temperatures,
     accumulation_dtype,
     exp_,
-    expm1,
     local_max,
     nan_if_not_positive,
     numbers_per_row,
@@ -31,8 +29,8 @@ from megatron_gkd.losses.vocab_parallel import (
     times_,
 )
 
-_CLOSE_KL = 1 / 32
-"""A KL below is summed from second-order terms; above, an absolute error of 1e-7 is a small relative one."""
+_CLOSE_KL = 1 / 8
+"""A KL below is summed from second-order terms; above, the rounding of first-order ones is a small relative error."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +93,12 @@ def normalizers(
 
 
 def kl_sums(student_TV: Tensor, teacher_TV: Tensor, kl: WeightedKL, temperatures: Temperatures) -> Tensor:
-    """``DenseKernels.first`` of a weighted KL, for one piece; small KLs have an absolute error of 1e-7."""
+    """``DenseKernels.first`` of a weighted KL, for one piece; small KLs lose digits."""
     max_x_T, max_y_T, x_TV, y_TV = _shifted_pair(student_TV, teacher_TV, temperatures)
     d_TV = y_TV - x_TV
     q_TV, p_TV = exp_(x_TV), exp_(y_TV)
     sum_x_T, sum_y_T = row_sum(q_TV), row_sum(p_TV)
-    numbers, shift_T = [max_x_T, sum_x_T, max_y_T, sum_y_T], sum_x_T.log() - sum_y_T.log()
+    numbers, shift_T = [max_x_T, sum_x_T, max_y_T, sum_y_T], (sum_x_T / sum_y_T).log()
     if kl.forward:
         forward_TV = d_TV.clone() if kl.reverse else d_TV
         numbers.append(row_sum(times_(forward_TV, p_TV)) / sum_y_T + shift_T)
@@ -112,25 +110,18 @@ def kl_sums(student_TV: Tensor, teacher_TV: Tensor, kl: WeightedKL, temperatures
 def close_kl_sums(
     student_TV: Tensor, teacher_TV: Tensor, first_TK: Tensor, kl: Any, temperatures: Temperatures
 ) -> Tensor:
-    """``kl_sums`` again, of rows where ``first_TK`` has lost digits: every term is of second order, see ``_close_kl``."""
+    """``kl_sums`` again, of rows where ``first_TK`` has lost digits: see ``divergences.kl_entries``."""
     max_x_T1, sum_x_T1, max_y_T1, sum_y_T1 = first_TK[:, :4].split(1, -1)
     x_TV = shifted(student_TV, max_x_T1, temperatures.student)
     y_TV = shifted(teacher_TV, max_y_T1, temperatures.teacher)
-    d_TV = (y_TV - x_TV).add_(sum_x_T1.log() - sum_y_T1.log())
+    d_TV = (y_TV - x_TV).add_((sum_x_T1 / sum_y_T1).log())
     q_TV, p_TV = exp_(x_TV).div_(sum_x_T1), exp_(y_TV).div_(sum_y_T1)
     numbers = [first_TK[:, :4]]
     if kl.forward:
-        numbers.append(_close_kl(p_TV, q_TV, -d_TV))
+        numbers.append(row_sum(kl_entries(p_TV, q_TV, -d_TV, d_TV)).unsqueeze(-1))
     if kl.reverse:
-        numbers.append(_close_kl(q_TV, p_TV, d_TV))
+        numbers.append(row_sum(kl_entries(q_TV, p_TV, d_TV, -d_TV)).unsqueeze(-1))
     return torch.cat(numbers, -1)
-
-
-def _close_kl(a_TV: Tensor, b_TV: Tensor, log_b_over_a_TV: Tensor) -> Tensor:
-    """[T, 1] sum of a log(a / b) - a + b; where b > e a, as a (e - 1 - log(b / a)) + (b - e a), which cannot overflow."""
-    growth_TV = expm1(log_b_over_a_TV.clamp(max=1)).sub_(log_b_over_a_TV)
-    rest_TV = (b_TV - math.e * a_TV).clamp_(min=0)
-    return row_sum(times_(growth_TV, a_TV).add_(rest_TV)).unsqueeze(-1)
 
 
 def close_rows(first_TK: Tensor, divergence: Divergence) -> Tensor | None:

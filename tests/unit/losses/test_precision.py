@@ -63,7 +63,7 @@ def test_the_kl_of_similar_models_keeps_its_digits(name, backend, tp, distance, 
 @pytest.mark.parametrize("num_similar", [1, 5])
 def test_similar_and_other_models_keep_their_digits_in_one_batch(name, backend, num_similar):
     student, teacher = make_independent_logits(tokens=8, vocab=2000, std=3.0)
-    student[:num_similar], teacher[:num_similar] = make_similar_logits(num_similar, vocab=2000, distance=1e-3)
+    student[:num_similar], teacher[:num_similar] = make_similar_logits(num_similar, 2000, distance=1e-3)
     want = dense_divergence(student, teacher, name)
     loss, _ = value_and_gradient(name, student, teacher, backend=backend, tp=2)
     assert relative_error(loss[:num_similar], want[:num_similar]) <= 1e-4
@@ -90,12 +90,38 @@ def test_gradients_of_independent_peaked_models(name, backend, tp, std, bound):
     assert relative_error(grad, student.grad) <= bound
 
 
-@pytest.mark.parametrize("name", ["jsd", "tvd"])
+@pytest.mark.parametrize("name", KLS)
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
-def test_several_entries_may_share_the_largest_logit(name, backend):
+def test_the_kl_of_models_that_are_somewhat_alike(name, backend):
+    for distance in (0.1, 0.3, 0.6):
+        student, teacher = make_similar_logits(tokens=32, vocab=2000, distance=distance)
+        loss, _ = value_and_gradient(name, student, teacher, backend=backend, tp=1)
+        assert relative_error(loss, dense_divergence(student, teacher, name)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", KLS)
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_rank_far_below_the_largest_logit_is_not_excluded(name, tp):
+    student, teacher = make_independent_logits(tokens=16, vocab=64, std=1e4)
+    want = value_and_gradient(name, student, teacher, backend="eager", tp=1)
+    got = value_and_gradient(name, student, teacher, backend="eager", tp=tp)
+    assert want[0].isfinite().all()
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SEPARABLE)
+def test_the_values_of_independent_peaked_models(name):
+    student, teacher = make_independent_logits(tokens=64, vocab=2000, std=16.0)
+    loss, _ = value_and_gradient(name, student, teacher, backend="eager", tp=1)
+    assert relative_error(loss, dense_divergence(student, teacher, name)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"])
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("columns", [[7, 250], [0, 60, 120, 180, 240]])
+def test_several_entries_may_share_the_largest_logit(name, backend, columns):
     student, teacher = make_independent_logits(tokens=16, vocab=300, std=8.0)
-    top = student.amax(-1)
-    student[:, 7] = student[:, 250] = top
+    student[:, columns] = student.amax(-1, keepdim=True)
     student.requires_grad_()
     dense_divergence(student, teacher, name).sum().backward()
     _, grad = value_and_gradient(name, student.detach(), teacher, backend=backend, tp=2)
