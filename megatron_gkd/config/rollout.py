@@ -27,8 +27,6 @@ class BaseRolloutConfig(Config):
 
     uses_student_model: ClassVar[bool] = False
     """Generates with the student's own layers, on its ranks and in its layout."""
-    receives_weights: ClassVar[bool] = False
-    """Holds a copy of the weights, pushed over a transport after every update."""
 
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits before sampling."""
@@ -78,8 +76,6 @@ class MegatronRolloutConfig(BaseRolloutConfig):
 
 class SglangRolloutConfig(BaseRolloutConfig):
     """SGLang over its HTTP API; it receives the new weights after every update."""
-
-    receives_weights: ClassVar[bool] = True
 
     kind: Literal["sglang"] = "sglang"
     """SGLang servers."""

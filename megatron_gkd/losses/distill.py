@@ -3,7 +3,7 @@
 Shapes: T = tokens, V = vocabulary entries held by this rank, H = hidden size.
 """
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class DistillLoss:
         self._scale = settings.temperature**2 if settings.temperature_squared else 1.0
         self.group = split_over(group)
         self._tokens_per_chunk, self._valid_vocab_size = tokens_per_chunk, valid_vocab_size
+        self._losses: dict[bool, TokenLoss] = {}
 
     def weighted(
         self,
@@ -115,8 +116,9 @@ class DistillLoss:
         terms, targets = [], []
         if teacher is not None and self.sft_weight < 1:
             is_known = isinstance(teacher, KnownEntries)
-            loss = _divergence_loss(self.settings, is_known, self.group)  # pyright: ignore[reportArgumentType]  (frozen)
-            terms.append(Term("divergence", (1 - self.sft_weight) * self._scale, loss))
+            if is_known not in self._losses:
+                self._losses[is_known] = _divergence_loss(self.settings, is_known, self.group)
+            terms.append(Term("divergence", (1 - self.sft_weight) * self._scale, self._losses[is_known]))
             targets.append(self._divergence_target(teacher, first, num_local, columns_T))
         if teacher is None or self.sft_weight > 0:
             if columns_T is None:
@@ -172,15 +174,8 @@ def choose_tokens_per_chunk(num_columns: int) -> int:
     return min(max(_LOGITS_PER_CHUNK // max(num_columns, 1), 256), 2048)
 
 
-@lru_cache(maxsize=16)  # few, for each keeps its process group alive
 def _divergence_loss(settings: LossSettings, is_known: bool, group: Group) -> TokenLoss:
-    """The loss of a token for these settings, built once for each.
-
-    Args:
-        settings: See ``LossSettings``.
-        is_known: The teacher sent its entries, instead of logits.
-        group: Tensor-parallel group, or ``None``.
-    """
+    """The loss of a token; ``is_known``: the teacher sent its entries, instead of logits."""
     teacher_tau = settings.teacher_temperature
     temperatures = Temperatures(settings.temperature, teacher_tau or settings.temperature)
     # all settings: a divergence takes those that its factory names

@@ -13,9 +13,7 @@ offset (q - p) may be added to f without effect as long as the sum runs over the
 KLs use it to make every value at least 0 and the gradient of equal models exactly 0; they declare it as ``offset``,
 because a sum over a part of the vocabulary must subtract it again, unless the part stands for the whole.
 
-To add a divergence, write a frozen dataclass like the ones below (an entry of probability 0 contributes 0, see
-``times_``), a factory whose arguments are named after the keys of the loss section, and register the factory in
-``DIVERGENCES``. Instances with equal parameters are equal, so that kernels compiled for one serve the other.
+CONTRIBUTING.md shows how to add one. Instances with equal parameters are equal: kernels compiled for one serve the other.
 """
 
 import inspect

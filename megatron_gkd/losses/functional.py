@@ -101,8 +101,9 @@ def top_k_distill_loss(
     Raises:
         ValueError: If shapes do not fit, or an option or the size is invalid.
     """
-    loss = _distill_loss(loss_settings(**options), group=group, valid_vocab_size=valid_vocab_size)
-    return loss.per_token(Logits(student_TV), KnownEntries(ids_TK, log_probs_TK, weight_TK))
+    teacher = KnownEntries(ids_TK, log_probs_TK, weight_TK)
+    how = {"group": group, "valid_vocab_size": valid_vocab_size}
+    return _solve(Logits(student_TV), teacher, None, None, options, **how)
 
 
 def linear_distill_loss(
@@ -215,8 +216,8 @@ def linear_cross_entropy(
     return _solve(student, None, labels_T, token_weight_T, {}, group=group, **sizes)
 
 
-# typed as a plain function, for pyright does not see that frozen settings have a hash; few, for each keeps its group alive
-_distill_loss: Callable[..., DistillLoss] = lru_cache(maxsize=16)(DistillLoss)
+# typed as a plain function, for pyright does not see that frozen settings have a hash
+_without_group: Callable[..., DistillLoss] = lru_cache(DistillLoss)
 
 
 def _solve(
@@ -226,8 +227,10 @@ def _solve(
     token_weight_T: Tensor | None,
     options: LossOptions,
     **how: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    loss = _distill_loss(loss_settings(**options), **how)
+) -> Any:
+    # kept, unless it would keep a process group alive beyond its end
+    make = _without_group if how["group"] is None else DistillLoss
+    loss = make(loss_settings(**options), **how)
     if token_weight_T is None:
         return loss.per_token(student, teacher, labels_T)
     result = loss.weighted(student, teacher, labels_T, token_weight_T=token_weight_T)

@@ -48,12 +48,6 @@ class TopKSignal:
     log_probs_TK: Tensor
     token_log_prob_T: Tensor | None = None
 
-    @property
-    def tail_mass_T(self) -> Tensor:
-        """[T] probability of all other entries, float64; not below 0."""
-        probs_TK = self.log_probs_TK.double().exp().masked_fill(self.ids_TK < 0, 0.0)
-        return (1 - probs_TK.sum(-1)).clamp_min(0.0)
-
 
 Signal = HiddenSignal | TopKSignal
 

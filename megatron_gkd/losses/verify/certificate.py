@@ -10,9 +10,9 @@ inputs.
 Shapes: T = tokens, V = vocabulary entries held by this rank, H = hidden size, K = known entries.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_gkd.config.loss import LossSettings
 from megatron_gkd.losses.distill import DistillLoss
+from megatron_gkd.losses.divergences import DIVERGENCES
 from megatron_gkd.losses.verify.problem import (
     TOP_K,
     Case,
@@ -175,7 +176,7 @@ def _reference_divergence(
     name, support = settings.divergence, settings.support
     x_TV = student_TV / settings.temperature
     y_TV = teacher_logits(problem, case) / (settings.teacher_temperature or settings.temperature)
-    how: dict[str, Any] = {"beta": settings.beta, "alpha": settings.alpha, "weight": settings.weight}
+    how = {key: getattr(settings, key) for key in inspect.signature(DIVERGENCES[name]).parameters}
     if support == "token":
         value_T, surrogate_T = dense_estimate(
             x_TV, y_TV, problem.labels_T, settings.estimator, settings.policy_gradient

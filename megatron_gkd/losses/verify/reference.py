@@ -5,6 +5,8 @@ The reference of the certificate and of every loss test. It shares no code with 
 Shapes: T = tokens, V = the whole vocabulary, H = hidden size.
 """
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,29 +55,38 @@ def dense_estimate(
     return value_T, value_T.detach() * log_q_T if policy_gradient else value_T
 
 
-def dense_formula(
-    p: Tensor, q: Tensor, name: str, *, beta: float = 0.5, alpha: float = 0.1, weight: float = 0.5
-) -> Tensor:
-    """[T] divergence of probabilities."""
-    if name == "forward_kl" or (name == "jsd" and beta == 0):
-        return _kl(p, q)
-    if name == "reverse_kl" or (name == "jsd" and beta == 1):
-        return _kl(q, p)
-    if name == "jsd":
-        m = beta * p + (1 - beta) * q
-        return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
-    if name == "skew_forward_kl":
-        return _kl(p, alpha * p + (1 - alpha) * q)
-    if name == "skew_reverse_kl":
-        return _kl(q, (1 - alpha) * p + alpha * q)
-    if name == "mixed_kl":
-        return weight * _kl(p, q) + (1 - weight) * _kl(q, p)
-    if name == "tvd":
-        return (p - q).abs().sum(-1) / 2
-    if name == "adaptive_kl":
-        share = _head_share_of_gap(p.detach(), q.detach())
-        return share * _kl(p, q) + (1 - share) * _kl(q, p)
-    raise ValueError(f"no dense reference for {name!r}")
+def dense_formula(p: Tensor, q: Tensor, name: str, **parameters: Any) -> Tensor:
+    """[T] divergence of probabilities, with those of ``parameters`` that its formula takes."""
+    taken = inspect.signature(FORMULAS[name]).parameters
+    return FORMULAS[name](p, q, **{key: value for key, value in parameters.items() if key in taken})
+
+
+def _kl(a: Tensor, b: Tensor) -> Tensor:
+    return (torch.special.xlogy(a, a) - torch.special.xlogy(a, b)).sum(-1)
+
+
+def _jsd(p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
+    if beta in (0, 1):
+        return _kl(p, q) if beta == 0 else _kl(q, p)
+    m = beta * p + (1 - beta) * q
+    return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+
+
+def _mixed_kl(p: Tensor, q: Tensor, weight: Any = 0.5) -> Tensor:
+    return weight * _kl(p, q) + (1 - weight) * _kl(q, p)
+
+
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": _kl,
+    "reverse_kl": lambda p, q: _kl(q, p),
+    "jsd": _jsd,
+    "skew_forward_kl": lambda p, q, alpha=0.1: _kl(p, alpha * p + (1 - alpha) * q),
+    "skew_reverse_kl": lambda p, q, alpha=0.1: _kl(q, (1 - alpha) * p + alpha * q),
+    "mixed_kl": _mixed_kl,
+    "tvd": lambda p, q: (p - q).abs().sum(-1) / 2,
+    "adaptive_kl": lambda p, q: _mixed_kl(p, q, _head_share_of_gap(p.detach(), q.detach())),
+}
+"""Name -> (p, q, the divergence's own parameters) -> [T]; a divergence that is added registers its own."""
 
 
 def _head_share_of_gap(p: Tensor, q: Tensor) -> Tensor:
@@ -134,7 +145,3 @@ def dense_cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Relative L2 distance."""
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
-
-
-def _kl(a: Tensor, b: Tensor) -> Tensor:
-    return (torch.special.xlogy(a, a) - torch.special.xlogy(a, b)).sum(-1)

@@ -49,10 +49,8 @@ def test_the_capabilities_of_a_teacher_agree(kind):
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_an_engine_uses_the_student_model_or_receives_its_weights(kind):
-    section = ENGINES[kind]
-    assert issubclass(section, BaseRolloutConfig)
-    assert section.uses_student_model != section.receives_weights
+def test_the_section_of_an_engine_has_the_keys_and_capabilities_of_all(kind):
+    assert issubclass(ENGINES[kind], BaseRolloutConfig)
 
 
 def test_a_new_teacher_kind_is_checked_by_its_capabilities(config_file, tree):

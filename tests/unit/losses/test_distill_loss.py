@@ -3,8 +3,11 @@
 Not covered here: split vocabularies and collectives (tests/distributed/test_split_vocabulary_loss.py).
 """
 
+import gc
 import math
+import weakref
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -236,3 +239,17 @@ def test_a_wrong_argument_is_named_with_the_fix(change, message):
     } | change
     with pytest.raises(ValueError, match=message):
         distill_loss(**arguments)
+
+
+def test_no_process_group_is_kept_alive():
+    class Group:
+        def size(self):
+            return 1
+
+    student, teacher = make_logits(tokens=3, vocab=20)
+    group: Any = Group()
+    distill_loss(student, teacher, divergence="jsd", group=group)
+    alive = weakref.ref(group)
+    del group
+    gc.collect()
+    assert alive() is None

@@ -105,11 +105,6 @@ def test_a_top_k_teacher_cannot_be_asked_for_other_entries(support):
         compute(top_k_signal(3), None, support=support)
 
 
-def test_the_tail_mass_leaves_out_missing_entries():
-    signal = TopKSignal(torch.tensor([[4, 7, -1]]), torch.log(torch.tensor([[0.5, 0.25, 0.25]])))
-    torch.testing.assert_close(signal.tail_mass_T, torch.tensor([0.25], dtype=torch.float64))
-
-
 @pytest.mark.parametrize(
     ("divergence", "mass", "is_told"),
     [
