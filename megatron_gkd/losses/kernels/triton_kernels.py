@@ -33,12 +33,7 @@ def kl_sums(
     REVERSE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Max and sum of exp of x, the same of y, and the KL of their softmaxes in each direction: [T, 4 + directions].
-
-    With d = y - x, that of the forward direction is (B - D) / S + log(1 + D / S): S = sum_v e^y, D = sum_v (e^x - e^y) and
-    B = sum_v e^y (d + e^-d - 1). D and B are sums of differences, so that similar models keep their digits; where D > S the
-    sum A = B - D of e^y d keeps more.
-    """
+    """Max and sum of exp of x, the same of y, and the KL of their softmaxes in each direction: [T, 4 + directions]."""
     row = tl.program_id(0).to(tl.int64)
     max_x = tl.full((), _LOWEST, tl.float32)
     max_y = tl.full((), _LOWEST, tl.float32)
@@ -96,7 +91,12 @@ def kl_sums(
 
 @triton.jit
 def _store_kl(out_ptr, sum_a, difference, small, cross):
-    """KL from S, D, B and A, in float64: its terms may be large beside it."""
+    """KL(a || b) = (B - D) / S + log(1 + D / S), in float64, for its terms may be large beside it.
+
+    With d = log(a / b): S = sum_v a, D = sum_v (b - a) and B = sum_v a (d + e^-d - 1) are ``sum_a``, ``difference`` and
+    ``small``: D and B are sums of differences, so that similar models keep their digits. Where D > S, the sum A = B - D of
+    a d, ``cross``, keeps more.
+    """
     total = tl.sum(sum_a, 0).to(tl.float64)
     gap = tl.sum(difference, 0).to(tl.float64)
     linear = tl.where(gap <= total, tl.sum(small, 0).to(tl.float64) - gap, tl.sum(cross, 0).to(tl.float64))
