@@ -110,7 +110,7 @@ class KLLoss(_KernelLoss):
 
 
 def _merged_kl(kl_RT: Tensor, log_a_RT: Tensor, log_b_RT: Tensor) -> Tensor:
-    """[T] KL(a || b) by the chain rule: that of the masses of the shards, and the mean of those within the shards."""
+    """[T] KL(a || b) = sum_r a_r (KL_r + log(a_r / b_r)): the chain rule, with the masses and the KL of each shard."""
     log_ratio_RT = torch.where(log_b_RT == -torch.inf, torch.inf, kl_RT + log_a_RT - log_b_RT)
     return times_(log_ratio_RT, log_a_RT.exp()).sum(0).clamp(min=0)
 

@@ -121,7 +121,7 @@ class JSD(Divergence):
 
 @dataclass(frozen=True)
 class SkewForwardKL(Divergence):
-    """KL(p || m), m = alpha p + (1 - alpha) q (DistiLLM, arXiv 2402.03898), 0 < alpha < 1; at most -log alpha.
+    """KL(p || alpha p + (1 - alpha) q) of DistiLLM (arXiv 2402.03898), at most -log alpha; 0 < alpha < 1.
 
     dD / d logit = (1 - alpha) q (sum_v q_v p_v / m_v - p / m).
     """
@@ -151,7 +151,7 @@ class SkewForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class SkewReverseKL(Divergence):
-    """KL(q || m), m = (1 - alpha) p + alpha q, 0 < alpha < 1; finite where the teacher excludes an entry."""
+    """KL(q || (1 - alpha) p + alpha q), finite where the teacher excludes an entry; 0 < alpha < 1."""
 
     alpha: float
 
@@ -211,7 +211,7 @@ def reverse_kl() -> Divergence:
 
 
 def jsd(beta: float) -> Divergence:
-    """``JSD``; it tends to 0 at both ends, which are defined as forward and reverse KL (as in TRL, Liger-Kernel, ms-swift)."""
+    """``JSD``; at its ends forward and reverse KL, as in TRL, Liger-Kernel, ms-swift. ``ValueError`` outside [0, 1]."""
     _check(
         0.0 <= beta <= 1.0, f"jsd needs beta in [0, 1], got {beta}; it is the teacher's weight in the mixture"
     )
@@ -221,19 +221,19 @@ def jsd(beta: float) -> Divergence:
 
 
 def skew_forward_kl(alpha: float) -> Divergence:
-    """``SkewForwardKL``; forward KL for alpha = 0."""
+    """``SkewForwardKL``; forward KL for alpha = 0. ``ValueError`` outside [0, 1)."""
     _check(0.0 <= alpha < 1.0, f"skew_forward_kl needs alpha in [0, 1), got {alpha}; {_ALPHA}")
     return SkewForwardKL(alpha) if alpha else forward_kl()
 
 
 def skew_reverse_kl(alpha: float) -> Divergence:
-    """``SkewReverseKL``; reverse KL for alpha = 0."""
+    """``SkewReverseKL``; reverse KL for alpha = 0. ``ValueError`` outside [0, 1)."""
     _check(0.0 <= alpha < 1.0, f"skew_reverse_kl needs alpha in [0, 1), got {alpha}; {_ALPHA}")
     return SkewReverseKL(alpha) if alpha else reverse_kl()
 
 
 def mixed_kl(weight: float) -> Divergence:
-    """D = weight KL(p || q) + (1 - weight) KL(q || p), in one collective."""
+    """D = weight KL(p || q) + (1 - weight) KL(q || p), in one collective. ``ValueError`` for a weight outside [0, 1]."""
     _check(
         0.0 <= weight <= 1.0,
         f"mixed_kl needs weight in [0, 1], got {weight}; it is the share of forward KL, the rest is reverse KL",
@@ -318,10 +318,10 @@ def make_estimator(name: str, *, policy_gradient: bool) -> Separable:
 def kl_entries(
     a: Tensor, b: Tensor, log_b_over_a: Tensor, log_a_over_m: Tensor, share_b: float = 1.0
 ) -> Tensor:
-    """Entries a log(a / m) - a + m of m = (1 - share_b) a + share_b b: at least 0; of second order where a is near b.
+    """[T, V] entries a log(a / m) - a + m of KL(a || m), each at least 0, for m = (1 - share_b) a + share_b b.
 
-    The three are added before a multiplies them: the rounding of the logarithms, larger than the divergence of similar
-    models, cancels. Of b only e a is in that sum, so that it cannot overflow; the rest is added to it.
+    They are of second order where a is near b: the three are added before a multiplies them, so that the rounding of the
+    logarithms cancels. What b has beyond e a is added apart, because b / a may overflow.
     """
     growth = expm1(log_b_over_a.clamp(max=1)).mul_(share_b).add_(log_a_over_m)
     return times_(growth, a).add_((b - math.e * a).clamp_(min=0).mul_(share_b))

@@ -45,12 +45,10 @@ class LMHead(NamedTuple):
     scale: float = 1.0
     soft_cap: float | None = None
 
-    def chunks(self, num_columns: int, tokens_per_chunk: int, num_alive: int = 1) -> Iterator[Tensor]:
-        """The leading columns of each chunk's logits; ``num_alive`` chunks live until a further one is asked for."""
+    def chunks(self, num_columns: int, slices: list[slice], num_alive: int = 1) -> Iterator[Tensor]:
+        """The leading columns of each slice's logits; ``num_alive`` chunks live until a further one is asked for."""
         dtype = accumulation_dtype(self.hidden_TH.dtype)
-        num_tokens = self.hidden_TH.shape[0]
-        slices = list(row_slices(num_tokens, tokens_per_chunk)) or [slice(0, 0)]
-        shape = min(num_tokens, tokens_per_chunk), num_columns
+        shape = slices[0].stop - slices[0].start, num_columns  # no slice is longer than the first
         buffers = [self.hidden_TH.new_empty(shape, dtype=dtype) for _ in slices[:num_alive]]
         for rows, buffer_CV in zip(slices, cycle(buffers), strict=False):
             logits_CV = buffer_CV[: rows.stop - rows.start]
@@ -75,7 +73,7 @@ class Logits(NamedTuple):
     weight_VH: None = None
     bias_V: None = None
 
-    def chunks(self, num_columns: int, tokens_per_chunk: int, num_alive: int = 1) -> Iterator[Tensor]:
+    def chunks(self, num_columns: int, slices: list[slice], num_alive: int = 1) -> Iterator[Tensor]:
         """The leading columns as one chunk."""
         yield self.logits_TV.detach()[:, :num_columns]
 
@@ -146,17 +144,15 @@ class ChunkedLoss(NamedTuple):
         num_tokens = student[0].shape[0]
         tokens_per_chunk = max(num_tokens, 1) if isinstance(student, Logits) else self.tokens_per_chunk
         slices = list(row_slices(num_tokens, tokens_per_chunk)) or [slice(0, 0)]
-        logits = student.chunks(self.num_columns, tokens_per_chunk, num_alive)
-        targets = self._target_chunks(self.target, slices, tokens_per_chunk, num_alive)
+        logits = student.chunks(self.num_columns, slices, num_alive)
+        targets = self._target_chunks(self.target, slices, num_alive)
         return zip(slices, logits, targets, strict=True)
 
-    def _target_chunks(
-        self, target: Any, slices: list[slice], tokens_per_chunk: int, num_alive: int
-    ) -> Iterator[Any]:
+    def _target_chunks(self, target: Any, slices: list[slice], num_alive: int) -> Iterator[Any]:
         if isinstance(target, LMHead):
-            return target.chunks(self.num_columns, tokens_per_chunk, num_alive)
+            return target.chunks(self.num_columns, slices, num_alive)
         if isinstance(target, tuple):
-            parts = (self._target_chunks(part, slices, tokens_per_chunk, num_alive) for part in target)
+            parts = (self._target_chunks(part, slices, num_alive) for part in target)
             return (rebuilt(target, part) for part in zip(*parts, strict=True))
         return (None if target is None else target[rows] for rows in slices)
 
@@ -212,7 +208,7 @@ class _LogitGradients:
         return grad_TV[:, : self._num_columns]
 
     def add(self, rows: slice, grad_CV: Tensor, is_ignored_C: Tensor | None) -> None:
-        """Finish a chunk; rows that are ignored have gradient 0 whatever they hold."""
+        """Take the gradient of a chunk of logits; ignored rows have gradient 0 whatever they hold."""
         if self.tensors[0] is None:  # made in the storage of the logits
             self.tensors = self._logits_TV.detach(), None, None
         grad_TV = self.tensors[0]
@@ -229,17 +225,20 @@ class _HeadGradients:
         self._hidden_TH, self._weight_VH = student.hidden_TH, student.weight_VH[:num_columns]
         self._num_columns = num_columns
         dtype = accumulation_dtype(student.hidden_TH.dtype)
+        makers = (
+            torch.empty_like,
+            torch.zeros_like,
+            torch.zeros_like,
+        )  # every row of the first is written once
         self.tensors = tuple(
-            torch.zeros_like(x, dtype=dtype) if x is not None and is_needed else None
-            for x, is_needed in zip(student[:3], needs_input_grad, strict=False)
+            make(x, dtype=dtype) if x is not None and is_needed else None
+            for x, is_needed, make in zip(student[:3], needs_input_grad, makers, strict=False)
         )
 
     def place(self, rows: slice, logits_CV: Tensor) -> Tensor:
-        """Where a backward pass writes the gradient of these logits."""
         return logits_CV
 
     def add(self, rows: slice, grad_CV: Tensor, is_ignored_C: Tensor | None) -> None:
-        """Apply the chain rule to a chunk; rows that are ignored have gradient 0 whatever they hold."""
         hidden_CH = self._hidden_TH[rows]
         if is_ignored_C is not None:  # 0 * NaN is NaN: both factors of the head's gradient are cleared
             grad_CV.masked_fill_(is_ignored_C.unsqueeze(-1), 0.0)

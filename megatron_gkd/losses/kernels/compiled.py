@@ -38,7 +38,7 @@ class CompiledKernels(DenseKernels):
         if not _can_fuse(student_TV, teacher_TV):
             return self.eager.first(student_TV, teacher_TV)
         packed_TK = numbers_per_row(student_TV, self.num_first)
-        how = (self.eager.passes[0], self.divergence, self.temperatures)
+        how = (self.eager.first_pass, self.divergence, self.temperatures)
         self._run(_first, how, student_TV, teacher_TV, packed_TK)
         close_T = eager.close_rows(packed_TK, self.divergence)
         if close_T is not None:
@@ -63,18 +63,16 @@ class CompiledKernels(DenseKernels):
     def gradient(
         self, student_TV: Tensor, teacher_TV: Tensor, stats_TK: Tensor, grad_T: Tensor, out_TV: Tensor | None
     ) -> None:
-        dtypes = student_TV.dtype, torch.float32
-        if not _can_fuse(student_TV, teacher_TV) or (out_TV is not None and out_TV.dtype not in dtypes):
+        first_TV = student_TV if out_TV is None else out_TV
+        if not _can_fuse(student_TV, teacher_TV) or first_TV.dtype not in (student_TV.dtype, torch.float32):
             self.eager.gradient(student_TV, teacher_TV, stats_TK, grad_T, out_TV)
             return
         # what is compiled writes to its first tensor, which holds the student's logits: one compilation serves both a
         # gradient in their storage and one elsewhere
-        is_elsewhere = out_TV is not None and out_TV.data_ptr() != student_TV.data_ptr()
-        source_TV = student_TV if is_elsewhere else None
+        source_TV = None if first_TV.data_ptr() == student_TV.data_ptr() else student_TV
         numbers = stats_TK.contiguous(), grad_T.contiguous()
-        function = eager.assembled_ if out_TV is None else self.eager.passes[1]
+        function = eager.assembled_ if out_TV is None else self.eager.gradient_pass
         how = (function, self.divergence, self.temperatures)
-        first_TV = student_TV if out_TV is None else out_TV
         self._run(_gradient, how, first_TV, teacher_TV, *numbers, source_TV=source_TV)
 
     def _run(

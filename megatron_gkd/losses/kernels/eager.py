@@ -38,17 +38,21 @@ class EagerKernels(DenseKernels):
     """``second`` may keep r and q in the storage of the two logits."""
 
     @cached_property
-    def passes(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        """The functions of one piece behind ``first`` and ``gradient``."""
-        is_kl = isinstance(self.divergence, WeightedKL)
-        return (kl_sums, kl_gradient) if is_kl else (normalizers, entry_gradient)
+    def first_pass(self) -> Callable[..., Tensor]:
+        """The function of one piece behind ``first``."""
+        return kl_sums if isinstance(self.divergence, WeightedKL) else normalizers
+
+    @cached_property
+    def gradient_pass(self) -> Callable[..., Tensor]:
+        """The function of one piece behind ``gradient``."""
+        return kl_gradient if isinstance(self.divergence, WeightedKL) else entry_gradient
 
     @override
     def first(self, student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
         first_TK, how = numbers_per_row(student_TV, self.num_first), (self.divergence, self.temperatures)
         for rows in row_pieces(student_TV, self.rows_per_pass):
             x_TV, y_TV, of_piece_TK = student_TV[rows], teacher_TV[rows], first_TK[rows]
-            of_piece_TK.copy_(self.passes[0](x_TV, y_TV, *how))
+            of_piece_TK.copy_(self.first_pass(x_TV, y_TV, *how))
             close_T = close_rows(of_piece_TK, self.divergence)
             if close_T is not None:
                 close = x_TV[close_T], y_TV[close_T], of_piece_TK[close_T]
@@ -71,7 +75,7 @@ class EagerKernels(DenseKernels):
     def gradient(
         self, student_TV: Tensor, teacher_TV: Tensor, stats_TK: Tensor, grad_T: Tensor, out_TV: Tensor | None
     ) -> None:
-        gradient = assembled_ if out_TV is None else self.passes[1]
+        gradient = assembled_ if out_TV is None else self.gradient_pass
         out_TV = student_TV if out_TV is None else out_TV
         for rows in row_pieces(student_TV, self.rows_per_pass):
             numbers = stats_TK[rows], grad_T[rows]

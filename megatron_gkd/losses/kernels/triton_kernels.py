@@ -355,7 +355,7 @@ def _log1p(u):
 
 @triton.jit
 def _times(probability, factor):
-    """Product with 0 log 0 = 0; as ``elementwise.times`` it drops every NaN, which the normalizers bring back."""
+    """Product with 0 log 0 = 0; as ``vocab_parallel.times_`` it drops every NaN, which the normalizers bring back."""
     product = probability * factor
     return tl.where(product == product, product, 0.0)
 
